@@ -1,0 +1,219 @@
+"""CIFAR-10 as numpy arrays: the official test and training sets, or the bundled sample of the test set.
+
+Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images";
+https://www.cs.toronto.edu/~kriz/cifar.html. All is read as records of its binary version: one label byte
+(0 to 9), then 3,072 pixel bytes: the 32 x 32 red plane row by row, then green, then blue.
+"""
+
+import hashlib
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import methodcaller
+from pathlib import Path
+
+import numpy as np
+
+from data.files import write_atomically
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+RECORD_BYTES = 1 + 3 * 32 * 32
+
+ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # from the page above
+BINARY_FOLDER, PYTHON_FOLDER = "cifar-10-batches-bin", "cifar-10-batches-py"
+BATCH_RECORDS = 10_000
+BATCHES = {  # split -> file -> SHA-256, of the members of the official archive
+    "test": {"test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"},
+    "training": {
+        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    },
+}
+SAMPLE_FILE = Path(__file__).with_name("cifar10-sample-1000.bin")  # data/README.md shows how it was made
+SAMPLE_RECORDS = 1_000
+SAMPLE_SHA256 = "2874326af7bc2185faa47540a6da15a077e5b66659f8e479abb9ab628170fa86"
+NETWORK_TIMEOUT = 20.0  # seconds without a byte
+
+
+class DataError(Exception):
+    """The data cannot be had; the message is one line for the user."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images, and what to call them."""
+
+    name: str  # "CIFAR-10 test set" or "CIFAR-10 sample"
+    images: np.ndarray  # (N, 3, 32, 32) uint8, NCHW, RGB
+    labels: np.ndarray  # (N,) int64, 0 to 9
+    sha256: str  # hex digest of the N records, whichever version they were read from
+    notice: str = ""  # one line for the user, when these are fewer images than asked for
+
+
+@contextmanager
+def _os_errors_as_data_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(str(error)) from error
+
+
+@_os_errors_as_data_errors()
+def load_test(data_dir: Path, which: str = "auto", download: bool = False) -> Dataset:
+    """Return the 10,000 images of the official test set, or the 1,000 of the bundled sample.
+
+    `which` is "full", the official test set: the binary, else the Python version in `data_dir`, else (with
+    `download`) what is fetched into `data_dir`; or "sample"; or "auto", the first of these that is there.
+    Raises DataError when the data is missing, is not what it should be, or cannot be downloaded.
+    """
+    notice = ""
+    if which != "sample":
+        records = _official_records(data_dir, "test", download)
+        if records is not None:
+            return _dataset("CIFAR-10 test set", records)
+        if which == "full":
+            raise DataError(f"{_not_found(data_dir, 'test')}: --download gets it")
+        notice = f"{_not_found(data_dir, 'test')}: using 1,000 of its 10,000 images; --download gets them all"
+    return _dataset("CIFAR-10 sample", _read(SAMPLE_FILE, SAMPLE_RECORDS, SAMPLE_SHA256), notice)
+
+
+@_os_errors_as_data_errors()
+def load_train(data_dir: Path, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return the official training set: (50000, 3, 32, 32) uint8 images, NCHW, and (50000,) uint8 labels.
+
+    Searches and raises as `load_test` does with "full".
+    """
+    records = _official_records(data_dir, "training", download)
+    if records is None:
+        raise DataError(f"{_not_found(data_dir, 'training')}: --download gets it")
+    return _images_and_labels(records)
+
+
+def _not_found(data_dir: Path, split: str) -> str:
+    return f"no complete CIFAR-10 {split} set in {data_dir} ({BINARY_FOLDER} or {PYTHON_FOLDER})"
+
+
+def _dataset(name: str, records: bytes, notice: str = "") -> Dataset:
+    images, labels = _images_and_labels(records)
+    return Dataset(name, images, labels.astype(np.int64), hashlib.sha256(records).hexdigest(), notice)
+
+
+def _images_and_labels(records: bytes) -> tuple[np.ndarray, np.ndarray]:
+    table = np.frombuffer(records, np.uint8).reshape(-1, RECORD_BYTES)
+    return table[:, 1:].copy().reshape(-1, 3, 32, 32), table[:, 0].copy()
+
+
+def _official_records(data_dir: Path, split: str, download: bool) -> bytes | None:
+    """Return the records of the "test" or "training" set, or None when `data_dir` does not hold them."""
+    try:
+        return _binary_version(data_dir, split)
+    except FileNotFoundError:
+        pass
+    if (data_dir / PYTHON_FOLDER).is_dir():
+        return _in_own_process(_python_version, data_dir.absolute(), split)
+    if download:
+        _download(data_dir)
+        return _binary_version(data_dir, split)
+    return None
+
+
+def _binary_version(data_dir: Path, split: str) -> bytes:
+    folder = data_dir / BINARY_FOLDER
+    return b"".join(_read(folder / name, BATCH_RECORDS, sha256) for name, sha256 in BATCHES[split].items())
+
+
+def _read(path: Path, records: int, sha256: str) -> bytes:
+    """Return the content of a file of so many records, once its size and SHA-256 are seen to be right."""
+    size, expected = path.stat().st_size, records * RECORD_BYTES
+    if size != expected:
+        raise DataError(f"{path}: {size:,} bytes, expected {expected:,}: damaged, delete or restore it")
+    return _checked(path.read_bytes(), sha256, path)
+
+
+def _checked(content: bytes, sha256: str, path: Path) -> bytes:
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DataError(f"{path}: SHA-256 {found}, expected {sha256}: damaged, delete or restore it")
+    return content
+
+
+def _download(data_dir: Path) -> None:
+    """Fetch the official archive and put its batches into `data_dir`, each one whole and checked."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="cifar-10-download-", dir=data_dir) as folder:
+        archive = Path(folder).absolute() / "cifar-10-binary.tar.gz"
+        _in_own_process(_fetch, ARCHIVE_URL, ARCHIVE_MD5, archive, NETWORK_TIMEOUT)
+        wanted = {f"{BINARY_FOLDER}/{name}": sha256 for s in BATCHES.values() for name, sha256 in s.items()}
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isreg() and member.name in wanted:  # nothing else in it is ever written
+                    content = tar.extractfile(member).read()
+                    content = _checked(content, wanted[member.name], archive / member.name)
+                    write_atomically(data_dir / member.name, methodcaller("write", content))
+
+
+# Importing torchvision into a process that has imported TensorFlow (models/keras_resnet8.py) is a
+# segmentation fault, so the two functions that need it run in a process of their own. They take strings and return bytes.
+_CHILD = """
+import contextlib, sys
+from data import cifar10
+try:
+    with contextlib.redirect_stdout(sys.stderr):
+        result = getattr(cifar10, sys.argv[1])(*sys.argv[2:])
+except (Exception, KeyboardInterrupt) as error:
+    print(*str(error).split(), end="")
+    sys.exit(1)
+sys.stdout.buffer.write(result)
+"""
+
+
+def _in_own_process(function: Callable[..., bytes], *arguments: object) -> bytes:
+    """Return what `function` returns there; raise DataError with the message of what it raises."""
+    child = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", _CHILD, function.__name__, *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=None if sys.stderr.isatty() else subprocess.DEVNULL,  # a progress bar is for a terminal
+    )
+    if child.returncode != 0:
+        message = child.stdout.decode(errors="surrogateescape")
+        raise DataError(message or f"the process that runs torchvision ended with code {child.returncode}")
+    return child.stdout
+
+
+def _python_version(data_dir: str, split: str) -> bytes:
+    """Return the records of the pickled Python version; torchvision checks its MD5 before unpickling."""
+    from torchvision.datasets import CIFAR10
+
+    try:
+        dataset = CIFAR10(data_dir, train=split == "training")
+    except RuntimeError as error:  # torchvision's text advises a keyword argument of its own
+        problem = "a file is missing or its MD5 is not the official one: delete or restore it"
+        raise DataError(f"{data_dir}/{PYTHON_FOLDER}: {problem}") from error
+    planes = dataset.data.transpose(0, 3, 1, 2).reshape(len(dataset), -1)  # from torchvision's NHWC
+    return np.column_stack([np.array(dataset.targets, np.uint8), planes]).tobytes()
+
+
+def _fetch(url: str, md5: str, path: str, timeout: str) -> bytes:
+    """Download `url` to `path`, with a progress bar, and check it; return nothing."""
+    from http.client import HTTPException
+
+    from torchvision.datasets.utils import download_url
+
+    socket.setdefaulttimeout(float(timeout))  # download_url itself would wait for ever
+    try:
+        download_url(url, Path(path).parent, Path(path).name, md5)
+    except RuntimeError as error:
+        raise DataError(f"cannot download {url}: cut short, or another file (MD5 is not {md5})") from error
+    except (OSError, HTTPException) as error:
+        raise DataError(f"cannot download {url}: {error}") from error
+    return b""

@@ -1,0 +1,183 @@
+"""The Keras twin of `models/resnet8.py`, and its training on CIFAR-10.
+
+The same network, layer for layer: three stages of one residual block, 16, 32 and 64 filters, 78,666 parameters.
+It takes raw pixels (float32, 0 to 255, NHWC) and returns class probabilities. Architecture: MLPerf Tiny's
+image classification reference (Banbury et al. 2021, arXiv:2106.07597; mlcommons/tiny,
+`benchmark/training/image_classification/keras_model.py`), after He et al. 2015, arXiv:1512.03385.
+
+    python -m models.keras_resnet8 --data-dir DIR --epochs N --output FILE.h5 --seed S
+"""
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+from keras import layers
+
+from data.cifar10 import load_train
+
+# The recipe, after the usual CIFAR-10 one (He et al. 2015, section 4.2), with less regularization: 78,666
+# parameters underfit 50,000 images. Keras's weight decay is decoupled from the momentum, so 5e-4 here is
+# 5e-4 * (1 - 0.9) = 5e-5 in `torch.optim.SGD`.
+BATCH_SIZE = 128
+LEARNING_RATE = 0.1
+WARMUP_EPOCHS = 5
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+CROP_PADDING = 3  # pixels, reflected
+
+
+def resnet8(num_classes: int = 10, width: int = 16, input_shape: tuple[int, int, int] = (32, 32, 3)) -> keras.Model:
+    """Return an untrained ResNet8: (N, H, W, C) float32 pixels from 0 to 255 in, (N, num_classes) softmax out."""
+
+    def conv(filters: int, kernel_size: int = 3, strides: int = 1) -> layers.Conv2D:
+        return layers.Conv2D(filters, kernel_size, strides, padding="same", kernel_initializer="he_normal")
+
+    def block(x: keras.KerasTensor, filters: int, strides: int) -> keras.KerasTensor:
+        y = layers.ReLU()(layers.BatchNormalization()(conv(filters, strides=strides)(x)))
+        y = layers.BatchNormalization()(conv(filters)(y))
+        shortcut = x if strides == 1 else conv(filters, kernel_size=1, strides=strides)(x)
+        return layers.ReLU()(layers.Add()([y, shortcut]))
+
+    inputs = layers.Input(input_shape)
+    x = layers.ReLU()(layers.BatchNormalization()(conv(width)(inputs)))
+    x = block(x, width, strides=1)
+    x = block(x, 2 * width, strides=2)
+    x = block(x, 4 * width, strides=2)
+    x = layers.GlobalAveragePooling2D()(x)
+    # float32 even when the rest is trained in mixed precision: a bfloat16 probability has only 8 bits
+    outputs = layers.Dense(num_classes, activation="softmax", dtype="float32")(x)
+    return keras.Model(inputs, outputs, name="resnet8")
+
+
+class AugmentedImages(keras.utils.PyDataset):
+    """Shuffled batches of (N, 32, 32, 3) float32 images, randomly shifted and flipped, and their labels.
+
+    Every epoch's order, shifts and flips follow from (seed, epoch) alone, so a resumed training sees the
+    images that an uninterrupted one would have seen.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int, first_epoch: int = 0) -> None:
+        """Take (N, 3, 32, 32) uint8 `images` and (N,) `labels`."""
+        super().__init__()
+        self.labels, self.seed, self.epoch, self.size = labels, seed, first_epoch, images.shape[-1]
+        border = [(0, 0), (0, 0), (CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING)]
+        padded = np.pad(images, border, mode="reflect")
+        self.windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[-2:], axis=(2, 3))
+        self._draw()
+
+    def _draw(self) -> None:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        self.order = rng.permutation(len(self.labels))
+        self.shifts = rng.integers(0, 2 * CROP_PADDING + 1, (2, len(self.labels)))
+        self.flips = rng.random(len(self.labels)) < 0.5
+
+    def __len__(self) -> int:
+        return len(self.labels) // BATCH_SIZE  # the short last batch is dropped
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = self.order[index * BATCH_SIZE : (index + 1) * BATCH_SIZE]
+        rows, columns = self.shifts[:, chosen]
+        batch = self.windows[chosen, :, rows, columns].transpose(0, 2, 3, 1)  # NCHW -> NHWC
+        batch = np.where(self.flips[chosen, None, None, None], batch[:, :, ::-1], batch)
+        return batch.astype(np.float32), self.labels[chosen]
+
+    def on_epoch_end(self) -> None:
+        self.epoch += 1
+        self._draw()
+
+
+def train(data_dir: Path, epochs: int, output: Path, seed: int, holdout: int, download: bool) -> None:
+    """Train on CIFAR-10's training images, less the last `holdout`, which validate; write `output`.
+
+    The backup that a stopped training resumes from, the log and the curves lie in a folder beside `output`.
+    """
+    images, labels = load_train(data_dir, download=download)
+    split = len(images) - holdout
+    work_dir = output.with_suffix(".training")
+    work_dir.mkdir(parents=True, exist_ok=True)
+    log = work_dir / "log.csv"
+    epochs_done = max(0, len(log.read_text().splitlines()) - 1) if log.exists() else 0
+
+    keras.utils.set_random_seed(seed)
+    batches = AugmentedImages(images[:split], labels[:split], seed, epochs_done)
+    validation = (images[split:].transpose(0, 2, 3, 1).astype(np.float32), labels[split:]) if holdout else None
+    optimizer = keras.optimizers.SGD(
+        keras.optimizers.schedules.CosineDecay(
+            initial_learning_rate=0.0,
+            warmup_target=LEARNING_RATE,
+            warmup_steps=WARMUP_EPOCHS * len(batches),
+            decay_steps=max(1, epochs - WARMUP_EPOCHS) * len(batches),
+        ),
+        momentum=MOMENTUM,
+        nesterov=True,
+        weight_decay=WEIGHT_DECAY,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    # bfloat16 arithmetic with float32 weights: twice as fast on a CPU that has it
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = resnet8()
+    keras.config.set_dtype_policy("float32")
+    model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(
+        batches,
+        epochs=epochs,
+        validation_data=validation,
+        verbose="auto" if sys.stdout.isatty() else 2,
+        callbacks=[
+            keras.callbacks.BackupAndRestore(work_dir / "backup", delete_checkpoint=False),
+            keras.callbacks.CSVLogger(log, append=True),
+        ],
+    )
+
+    trained = resnet8()  # the same network without the mixed-precision policy in its configuration
+    trained.set_weights(model.get_weights())
+    partial = output.with_name(f".{output.stem}.partial.h5")
+    trained.save(partial, include_optimizer=False)
+    partial.replace(output)
+    plot_curves(log, work_dir / "curves.png")
+    print(f"{output}: {trained.count_params():,} parameters, trained for {epochs} epochs on {split:,} images")
+
+
+def plot_curves(log: Path, figure_path: Path) -> None:
+    """Draw accuracy and loss per epoch from Keras's CSV log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
+    epochs = range(1, len(rows) + 1)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for axis, quantity in zip(axes, ("accuracy", "loss"), strict=True):
+        axis.plot(epochs, [float(row[quantity]) for row in rows], label="training (augmented)")
+        if rows[0].get(f"val_{quantity}", "NA") != "NA":  # "NA": trained without validation
+            axis.plot(epochs, [float(row[f"val_{quantity}"]) for row in rows], label="validation")
+        axis.set(xlabel="epoch", ylabel=quantity)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(figure_path, dpi=120)
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m models.keras_resnet8", description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds cifar-10-batches-bin/ (default: data)")
+    parser.add_argument("--epochs", type=int, default=130)
+    parser.add_argument("--output", type=Path, default=Path("checkpoints/resnet8_keras.h5"), help="the .h5 to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--holdout", type=int, default=5000, help="training images kept for validation (default: 5000)")
+    parser.add_argument("--download", action="store_true", help="download CIFAR-10 into DATA_DIR if it is not there")
+    arguments = parser.parse_args()
+    train(**vars(arguments))
+
+
+if __name__ == "__main__":
+    main()

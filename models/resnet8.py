@@ -1,0 +1,178 @@
+"""ResNet8 for CIFAR-10, in PyTorch: the network, structure only.
+
+    layer               output (C x H x W)    parameters    multiply-accumulates
+    conv1   3x3          16 x 32 x 32                448                 442,368
+    bn1                  16 x 32 x 32            32 + 32
+    layer1.conv1 3x3     16 x 32 x 32              2,320               2,359,296
+    layer1.bn1           16 x 32 x 32            32 + 32
+    layer1.conv2 3x3     16 x 32 x 32              2,320               2,359,296
+    layer1.bn2           16 x 32 x 32            32 + 32
+    layer2.conv1 3x3 /2  32 x 16 x 16              4,640               1,179,648
+    layer2.bn1           32 x 16 x 16            64 + 64
+    layer2.conv2 3x3     32 x 16 x 16              9,248               2,359,296
+    layer2.bn2           32 x 16 x 16            64 + 64
+    layer2.downsample 1x1 /2  32 x 16 x 16           544                 131,072
+    layer3.conv1 3x3 /2  64 x  8 x  8             18,496               1,179,648
+    layer3.bn1           64 x  8 x  8          128 + 128
+    layer3.conv2 3x3     64 x  8 x  8             36,928               2,359,296
+    layer3.bn2           64 x  8 x  8          128 + 128
+    layer3.downsample 1x1 /2  64 x  8 x  8         2,112                 131,072
+    avgpool              64
+    fc                   10                          650                     640
+    total                                 78,186 + 480              12,501,632
+
+Parameters are trainable + statistics (a BatchNorm's running mean and variance): 78,666 in all, as Keras counts.
+Every 3x3 convolution is padded as Keras pads ('same'), every convolution has a bias, the shortcuts of stages 2
+and 3 are 1x1 convolutions without BatchNorm, and a ReLU follows every BatchNorm but a block's second, where it
+follows the addition.
+
+Sources: the architecture is MLPerf Tiny's image classification reference (Banbury et al. 2021,
+arXiv:2106.07597; mlcommons/tiny, benchmark/training/image_classification/keras_model.py, `resnet_v1_eembc`),
+after He et al. 2015 (arXiv:1512.03385). Module names are torchvision's (torchvision/models/resnet.py).
+"""
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SamePadConv2d(nn.Conv2d):
+    """A strided convolution, padded as TensorFlow pads 'same': ceil(size / stride) outputs, for every size.
+
+    The padding is what the last window lacks, its odd pixel at the bottom and right. An even size with kernel 3
+    and stride 2 gets (0, 1), where PyTorch's `padding=1` gives (1, 1) and other outputs. Source:
+    https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        padding = []
+        for axis in (1, 0):  # F.pad takes the width's padding first
+            size, stride = x.shape[2 + axis], self.stride[axis]
+            outputs = (size + stride - 1) // stride
+            total = max((outputs - 1) * stride + self.kernel_size[axis] - size, 0)
+            padding += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, padding) if any(padding) else x)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut around them; a strided block's shortcut is a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, bn_eps: float, bn_momentum: float) -> None:
+        super().__init__()
+        conv = SamePadConv2d(in_channels, channels, 3, stride) if stride > 1 else None
+        self.conv1 = conv or nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(channels, bn_eps, bn_momentum)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels, bn_eps, bn_momentum)
+        self.downsample = nn.Conv2d(in_channels, channels, 1, stride) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride))."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class ResNet8(nn.Module):
+    """ResNet8: (N, in_channels, H, W) images in, (N, num_classes) logits out.
+
+    `width` is the number of filters of the first stage; the second has twice, the third four times as many.
+    `bn_eps` and `bn_momentum` default to what Keras's defaults (epsilon 1e-3, momentum 0.99,
+    https://keras.io/api/layers/normalization_layers/batch_normalization/) are in PyTorch, whose momentum is
+    one minus Keras's.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        width: int = 16,
+        in_channels: int = 3,
+        bn_eps: float = 1e-3,
+        bn_momentum: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(width, bn_eps, bn_momentum)
+        self.relu = nn.ReLU()
+        self.layer1 = BasicBlock(width, width, 1, bn_eps, bn_momentum)
+        self.layer2 = BasicBlock(width, 2 * width, 2, bn_eps, bn_momentum)
+        self.layer3 = BasicBlock(2 * width, 4 * width, 2, bn_eps, bn_momentum)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) images to (N, num_classes) logits."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, map_location: str | torch.device = "cpu") -> "ResNet8":
+        """Return the network of a `convert.py` checkpoint, of the shape its tensors have, in eval mode.
+
+        BatchNorm's epsilon and momentum come from the JSON file beside the checkpoint, or are the defaults where
+        there is none. No code in the file is run (`weights_only=True`). Raises OSError when a file cannot be
+        read, ValueError with one line when it is not a ResNet8's state_dict.
+        """
+        path = Path(path)
+        state = load_state_dict(path, map_location)
+        arguments = read_metadata(path).get("architecture", {})
+        try:
+            model = cls(
+                num_classes=state["fc.weight"].shape[0],
+                width=state["conv1.weight"].shape[0],
+                in_channels=state["conv1.weight"].shape[1],
+                bn_eps=arguments.get("bn_eps", 1e-3),
+                bn_momentum=arguments.get("bn_momentum", 0.01),
+            )
+            model.load_state_dict(state)
+        except KeyError as error:
+            raise ValueError(f"{path}: no tensor {error}: not a ResNet8's state_dict") from None
+        except (RuntimeError, IndexError) as error:
+            reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
+            raise ValueError(f"{path}: not a ResNet8's state_dict: {reasons}") from None
+        return model.to(map_location).eval()
+
+
+def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Return the tensors of a `.pt` file, by name.
+
+    No code in the file is run (`weights_only=True`). Raises OSError when it cannot be read, ValueError with one
+    line when it is damaged, or holds anything but tensors.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # a TorchScript archive is warned of, then refused
+            state = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: not a plain state_dict (it holds code or objects, which are not loaded)") from None
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state_dict (tensors by name)")
+    return state
+
+
+def read_metadata(checkpoint: Path) -> dict:
+    """Return the content of the JSON file that `convert.py` writes beside `checkpoint`; {} if there is none.
+
+    Raises ValueError with one line when it is not JSON as `convert.py` writes it.
+    """
+    path = checkpoint.with_suffix(".json")
+    if not path.exists():
+        return {}
+    try:
+        metadata = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: holds a JSON {type(metadata).__name__}, expected an object")
+    return metadata

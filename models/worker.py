@@ -1,0 +1,143 @@
+"""Python processes that answer requests: where HDF5 and Keras run, away from PyTorch.
+
+Importing torchvision after tensorflow crashes the interpreter, and damaged bytes can crash the HDF5 library. In a
+process of its own, neither takes the conversion with it; and its start-up overlaps ours. A message is a JSON object
+and any number of arrays, sent through a pipe as JSON and raw bytes: no pickle, either way.
+"""
+
+from __future__ import annotations  # `--keras-python` may name an older Python
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import BinaryIO, Callable
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class WorkerError(Exception):
+    """The worker could not answer: it refused (`status` is None), or ended with a `status` and wrote `log`."""
+
+    def __init__(self, message: str, status: int | None = None, log: str = "") -> None:
+        super().__init__(message)
+        self.status, self.log = status, log
+
+
+class Worker:
+    """A process that runs `python -m MODULE`, whose `main` calls `serve`.
+
+    It is started at once, so that its imports overlap what the caller does next, and again after it has died.
+    """
+
+    def __init__(self, module: str, python: str = sys.executable) -> None:
+        """Start it; raises WorkerError if `python` cannot be run."""
+        self.module, self.python = module, python
+        self._start()
+
+    def _start(self) -> None:
+        self.stderr = tempfile.TemporaryFile()
+        try:
+            self.process = subprocess.Popen(
+                [self.python, "-m", self.module],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.stderr,
+            )
+        except OSError as error:
+            raise WorkerError(f"cannot run {self.python}: {error.strerror}") from None
+
+    def ask(self, request: dict, arrays: dict[str, np.ndarray] | None = None, timeout: float = 600) -> tuple:
+        """Return the worker's answer to `request`: (dict, arrays by name).
+
+        Raises WorkerError when it refuses (with its own message), dies, or takes longer than `timeout` seconds.
+        """
+        if self.process.poll() is not None:
+            self.close()
+            self._start()
+        timer = threading.Timer(timeout, self.process.kill)
+        timer.start()
+        try:
+            _send(self.process.stdin, request, arrays or {})
+            answer, answered = _receive(self.process.stdout)
+        except (EOFError, OSError):
+            status = self.process.wait()
+            seconds = f" after {timeout:.0f} s" if not timer.is_alive() else ""
+            raise WorkerError(f"{self.module} ended with status {status}{seconds}", status, self.log()) from None
+        finally:
+            timer.cancel()
+        if "error" in answer:
+            raise WorkerError(answer["error"], log=self.log())
+        return answer, answered
+
+    def log(self) -> str:
+        """Return what the process has written to its stderr."""
+        self.stderr.seek(0)
+        return self.stderr.read().decode(errors="replace")
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.stderr.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def serve(answer: Callable[[dict, dict[str, np.ndarray]], tuple], refusals: tuple[type[Exception], ...]) -> None:
+    """Answer requests from stdin with `answer(request, arrays) -> (dict, arrays)` until stdin ends.
+
+    An exception of a type in `refusals` is an answer too; any other ends the process.
+    """
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not mix with the answers
+    while True:
+        try:
+            request, arrays = _receive(requests)
+        except EOFError:
+            return
+        try:
+            _send(replies, *answer(request, arrays))
+        except refusals as error:
+            _send(replies, {"error": str(error)}, {})
+
+
+def _send(pipe: BinaryIO, message: dict, arrays: dict[str, np.ndarray]) -> None:
+    layout = [(name, np.asarray(array).dtype.str, np.shape(array)) for name, array in arrays.items()]
+    header = json.dumps([message, layout]).encode()
+    pipe.write(struct.pack("<Q", len(header)) + header)
+    for array in arrays.values():
+        pipe.write(np.asarray(array).tobytes())
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO) -> tuple[dict, dict[str, np.ndarray]]:
+    (size,) = struct.unpack("<Q", _read(pipe, 8))
+    message, layout = json.loads(_read(pipe, size))
+    arrays = {}
+    for name, dtype, shape in layout:
+        content = _read(pipe, np.dtype(dtype).itemsize * math.prod(shape))
+        arrays[name] = np.frombuffer(content, dtype).reshape(shape)
+    return message, arrays
+
+
+def _read(pipe: BinaryIO, size: int) -> bytes:
+    content = pipe.read(size)
+    if len(content) < size:
+        raise EOFError
+    return content
