@@ -162,7 +162,8 @@ def _download(data_dir: Path) -> None:
 
 
 # Importing torchvision into a process that has imported TensorFlow (models/keras_resnet8.py) is a
-# segmentation fault, so the two functions that need it run in a process of their own. They take strings and return bytes.
+# segmentation fault, so the two functions that need it run in a process of their own. They take strings
+# and return bytes.
 _CHILD = """
 import contextlib, sys
 from data import cifar10

@@ -1,11 +1,11 @@
 """Reading a Keras model file with h5py, json and zipfile: never through Keras, and running no code from it.
 
-`read_keras_file` returns the file's layers in one form, whatever its format: `.h5` whole models and weights of Keras
-2 and 3, `.keras` archives, `.weights.h5`. The reading happens in a process of its own (`python -m
+`read_keras_file` returns the file's layers in one form, whatever its format: `.h5` whole models and weights of
+Keras 2 and 3, `.keras` archives, `.weights.h5`. The reading happens in a process of its own (`python -m
 models.keras_file`), because damaged bytes can crash the HDF5 library.
 
-Formats: https://keras.io/guides/serialization_and_saving/, and keras/src/legacy/saving/legacy_h5_format.py and
-keras/src/saving/saving_lib.py of Keras 3.15.
+Formats: https://keras.io/guides/serialization_and_saving/, and keras/src/legacy/saving/legacy_h5_format.py
+and keras/src/saving/saving_lib.py of Keras 3.15.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from models.worker import Worker, WorkerError, serve
 if TYPE_CHECKING:
     import h5py
 
-# What is read at most. A ResNet8 of width 256 has 20 million parameters, in tensors of at most 9.4 million elements.
+# What is read at most. A ResNet8 of width 256 has 20 million parameters, in tensors of up to 9.4 million.
 MAX_FILE_BYTES = 256 * 2**20
 MAX_TENSOR_ELEMENTS = 2**24
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -47,25 +47,29 @@ VARIABLES = {
 # The configuration's switches that leave an array out.
 SWITCHES = {"bias": "use_bias", "gamma": "scale", "beta": "center"}
 
-# Every class that a configuration may name. A file that names another one never reaches Keras.
-KERAS_CLASSES = {
-    *("Functional", "Model", "Sequential", "InputLayer", "__keras_tensor__", "DTypePolicy", "Policy"),
-    *("Conv2D", "BatchNormalization", "Activation", "ReLU", "Softmax", "Add", "Dense", "Flatten"),
-    *("GlobalAveragePooling2D", "AveragePooling2D", "Rescaling", "Normalization"),
-    *("Dropout", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout", "ActivityRegularization"),
-    *("RandomFlip", "RandomRotation", "RandomTranslation", "RandomZoom", "RandomContrast", "RandomBrightness"),
-    *("RandomHeight", "RandomWidth", "RandomErasing", "RandomHue", "RandomSaturation", "RandomSharpness"),
-    # known, harmless, and refused by what follows, which can say where and why
-    *("DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose", "ZeroPadding2D", "Cropping2D", "Resizing", "Reshape"),
-    *("MaxPooling2D", "GlobalMaxPooling2D", "Subtract", "Multiply", "Average", "Maximum", "Concatenate", "Permute"),
-    *("LeakyReLU", "PReLU", "ELU", "LayerNormalization", "GroupNormalization", "UpSampling2D", "CenterCrop"),
-    *("RandomCrop", "Conv1D", "Conv3D", "Embedding"),
-    *("Zeros", "Ones", "Constant", "Orthogonal", "Identity", "VarianceScaling", "SeedGenerator"),
-    *("HeNormal", "HeUniform", "GlorotNormal", "GlorotUniform", "LecunNormal", "LecunUniform"),
-    *("RandomNormal", "RandomUniform", "TruncatedNormal"),
-    *("L1", "L2", "L1L2", "OrthogonalRegularizer"),
-    *("MaxNorm", "NonNeg", "UnitNorm", "MinMaxNorm"),
-}
+# Layers that do nothing at inference.
+TRAINING_LAYERS = set(
+    """
+    Dropout SpatialDropout2D GaussianNoise GaussianDropout AlphaDropout ActivityRegularization
+    RandomFlip RandomRotation RandomTranslation RandomZoom RandomContrast RandomBrightness
+    RandomHeight RandomWidth RandomErasing RandomHue RandomSaturation RandomSharpness
+    """.split()
+)
+# Every class that a configuration may name: one that names another never reaches Keras. Those of the last three
+# lines are harmless, and refused by `convert.py`, which can say where and why.
+KERAS_CLASSES = TRAINING_LAYERS | set(
+    """
+    Functional Model Sequential InputLayer __keras_tensor__ DTypePolicy Policy SeedGenerator
+    Conv2D BatchNormalization Activation ReLU Softmax Add Dense Flatten
+    GlobalAveragePooling2D AveragePooling2D Rescaling Normalization
+    Zeros Ones Constant Orthogonal Identity VarianceScaling RandomNormal RandomUniform TruncatedNormal
+    HeNormal HeUniform GlorotNormal GlorotUniform LecunNormal LecunUniform
+    L1 L2 L1L2 OrthogonalRegularizer MaxNorm NonNeg UnitNorm MinMaxNorm
+    DepthwiseConv2D SeparableConv2D Conv2DTranspose Conv1D Conv3D ZeroPadding2D Cropping2D Resizing Reshape
+    MaxPooling2D GlobalMaxPooling2D Subtract Multiply Average Maximum Concatenate Permute UpSampling2D
+    LeakyReLU PReLU ELU LayerNormalization GroupNormalization CenterCrop RandomCrop Embedding
+    """.split()
+)
 KERAS_MODULE = re.compile(
     r"(tf_keras|keras|keras\.src|tf_keras\.src)"
     r"(\.(layers|models|initializers|regularizers|constraints|random|(engine|models)\.(functional|sequential|training)"
@@ -85,7 +89,9 @@ class Layer:
     class_name: str
     config: dict
     inputs: tuple[str, ...]
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # by variable name; as stored, in Keras's layout
+    arrays: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # by variable name; as stored, in Keras's layout
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ def read_content(content: bytes, bn_eps: float) -> tuple[dict, dict[str, np.ndar
 
 
 def open_hdf5(content: bytes) -> tuple[h5py.File, dict | None, str | None, str]:
-    """Return a `.h5` file that reads nothing from outside itself, its configuration, Keras version and kind."""
+    """Return a `.h5` file that keeps nothing outside itself, its configuration, Keras version and kind."""
     import h5py
 
     file = h5py.File(io.BytesIO(content), "r")
@@ -217,12 +223,18 @@ def open_hdf5(content: bytes) -> tuple[h5py.File, dict | None, str | None, str]:
         return file, None, version, ".h5 weights"
     if "layers" in file or "_layer_checkpoint_dependencies" in file:
         return file, None, version, ".weights.h5 weights"
-    raise KerasFileError("an HDF5 file, but not of Keras: neither model_config, nor layer_names, nor a group layers")
+    raise KerasFileError(
+        "an HDF5 file, but not of Keras: neither model_config, nor layer_names, nor a group layers"
+    )
 
 
 def open_archive(content: bytes) -> tuple[h5py.File, dict, str | None, str]:
     """Return a `.keras` archive's weights file, configuration, Keras version and kind."""
-    limits = {"metadata.json": MAX_CONFIG_BYTES, "config.json": MAX_CONFIG_BYTES, "model.weights.h5": MAX_FILE_BYTES}
+    limits = {
+        "metadata.json": MAX_CONFIG_BYTES,
+        "config.json": MAX_CONFIG_BYTES,
+        "model.weights.h5": MAX_FILE_BYTES,
+    }
     archive = zipfile.ZipFile(io.BytesIO(content))
     members = {}
     for info in archive.infolist():
@@ -290,9 +302,15 @@ def check_objects(file: h5py.File) -> None:
             elif isinstance(member, h5py.Dataset):
                 if member.is_virtual or member.external:
                     raise KerasFileError(f"{where} keeps its data in another file; a Keras file does not")
-                shape = member.chunks if member.chunks and math.prod(member.chunks) > member.size else member.shape
+                shape = (
+                    member.chunks
+                    if member.chunks and math.prod(member.chunks) > member.size
+                    else member.shape
+                )
                 if shape is None or math.prod(shape) > MAX_TENSOR_ELEMENTS or member.dtype.itemsize > 1024:
-                    raise KerasFileError(f"{where} is declared as {member.dtype} {shape}: no ResNet8 has such a tensor")
+                    raise KerasFileError(
+                        f"{where} is declared as {member.dtype} {shape}: no ResNet8 has such a tensor"
+                    )
             else:
                 raise KerasFileError(f"{where} is a {type(member).__name__}; a Keras file has none")
 
@@ -306,20 +324,28 @@ def check_classes(config: dict) -> None:
             pending += value
         if not isinstance(value, dict):
             continue
-        value.pop("compile_config", None)  # the optimizer and loss: nothing that we need, and it names classes
+        value.pop(
+            "compile_config", None
+        )  # the optimizer and loss: nothing that we need, and it names classes
         pending += value.values()
         name = value.get("class_name")
-        if name is not None and "config" in value or "module" in value or "registered_name" in value:
+        if (name is not None and "config" in value) or "module" in value or "registered_name" in value:
             inner = value.get("config")
             layer = inner.get("name", "") if isinstance(inner, dict) else inner
             where = f"layer '{layer}'" if isinstance(layer, str) and layer else "model_config"
             if not isinstance(name, str) or name not in KERAS_CLASSES:
-                raise KerasFileError(f"{where} is of class {name}: a custom class, or none of a ResNet8's; never run")
+                raise KerasFileError(
+                    f"{where} is of class {name}: a custom class, or none of a ResNet8's; never run"
+                )
             module, registered = value.get("module"), value.get("registered_name")
             if module is not None and not (isinstance(module, str) and KERAS_MODULE.fullmatch(module)):
-                raise KerasFileError(f"{where}: {name} is to come from module {module}: not Keras's; never run")
+                raise KerasFileError(
+                    f"{where}: {name} is to come from module {module}: not Keras's; never run"
+                )
             if registered is not None and registered != name:
-                raise KerasFileError(f"{where}: {name} is registered as {registered}: a custom class; never run")
+                raise KerasFileError(
+                    f"{where}: {name} is registered as {registered}: a custom class; never run"
+                )
 
 
 def graph_layers(model: dict, weights: h5py.Group) -> Iterator[Layer]:
@@ -345,13 +371,15 @@ def graph_layers(model: dict, weights: h5py.Group) -> Iterator[Layer]:
             ordered[pending.pop()] = None
     unused = [name for name in flat if name not in ordered]
     if unused:
-        raise KerasFileError(f"layer '{unused[0]}' ({flat[unused[0]].class_name}) does not lead to the output")
+        raise KerasFileError(
+            f"layer '{unused[0]}' ({flat[unused[0]].class_name}) does not lead to the output"
+        )
     for name in ordered:
         yield flat[name]
 
 
 def flatten(model: dict, prefix: str, source: str | None, flat: dict[str, Layer], arrays: dict) -> str:
-    """Put the layers of `model`, which reads the layer `source`, into `flat`; return its output layer's name."""
+    """Put the layers of `model`, which reads layer `source`, into `flat`; return its output layer's name."""
     config = model["config"]
     sequential = model["class_name"] == "Sequential"
     entries = config["layers"]
@@ -365,7 +393,9 @@ def flatten(model: dict, prefix: str, source: str | None, flat: dict[str, Layer]
         layer_config = entry["config"]
         name, class_name = text(entry.get("name") or layer_config["name"]), text(entry["class_name"])
         if name in names or ":" in name:
-            raise KerasFileError(f"layer '{name}' stands in the configuration twice, or has a colon in its name")
+            raise KerasFileError(
+                f"layer '{name}' stands in the configuration twice, or has a colon in its name"
+            )
         inputs = [previous] if sequential and class_name != "InputLayer" else node_inputs(entry, name)
         if class_name == "InputLayer" and source is not None:
             names[name] = source
@@ -410,7 +440,9 @@ def node_inputs(entry: dict, name: str) -> list[str]:
     def collect(value: object) -> None:
         if isinstance(value, dict) and value.get("class_name") == "__keras_tensor__":  # Keras 3
             found.append(text(value["config"]["keras_history"][0]))
-        elif isinstance(value, list) and len(value) >= 3 and isinstance(value[0], str):  # Keras 2: [name, 0, 0, {}]
+        elif (
+            isinstance(value, list) and len(value) >= 3 and isinstance(value[0], str)
+        ):  # Keras 2: [name, 0, 0, {}]
             found.append(value[0])
             collect(value[3:])
         elif isinstance(value, (list, dict)):
@@ -438,7 +470,7 @@ def expected_variables(entry: dict) -> list[str]:
 
 
 def legacy_arrays(model: dict, weights: h5py.Group) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yield each layer's arrays from a `.h5` file: a group for each layer of the outermost model, by layer name."""
+    """Yield each layer's arrays from a `.h5` file: one group for each layer of the outermost model."""
     for entry in model["config"]["layers"]:
         name = entry["config"]["name"]
         if "layers" not in entry["config"]:
@@ -447,7 +479,9 @@ def legacy_arrays(model: dict, weights: h5py.Group) -> Iterator[tuple[str, dict[
             continue
         saved = group_tensors(weights, name)
         for path, inner in leaves(entry, f"{name}/"):  # a nested model's tensors all lie in its one group
-            own = {key: value for key, value in saved.items() if key.split("/")[-2:-1] == [path.split("/")[-1]]}
+            own = {
+                key: value for key, value in saved.items() if key.split("/")[-2:-1] == [path.split("/")[-1]]
+            }
             expected = expected_variables(inner)
             yield path, named_variables(path, own, expected) if expected else {}
 
@@ -471,7 +505,9 @@ def named_variables(layer: str, saved: dict[str, h5py.Dataset], expected: list[s
             raise KerasFileError(f"layer '{layer}' has two tensors called {variable}")
         by_variable[variable] = dataset
     if set(by_variable) != set(expected):
-        raise KerasFileError(f"layer '{layer}' has the tensors {sorted(by_variable)}, expected {sorted(expected)}")
+        raise KerasFileError(
+            f"layer '{layer}' has the tensors {sorted(by_variable)}, expected {sorted(expected)}"
+        )
     return {variable: read_array(by_variable[variable]) for variable in expected}
 
 
@@ -488,19 +524,21 @@ def group_tensors(weights: h5py.Group, layer: str) -> dict[str, h5py.Dataset]:
 
 
 def long_attribute(group: h5py.Group, name: str) -> list[str]:
-    """Return a list of names; Keras splits one that is longer than HDF5's 64 kB limit into `name0`, `name1`, ..."""
+    """Return a list of names; Keras splits one that is over HDF5's limit of 64 kB into `name0`, `name1`, ..."""
     parts = [name] if name in group.attrs else []
     while f"{name}{len(parts)}" in group.attrs and parts[:1] != [name]:
         parts.append(f"{name}{len(parts)}")
     for part in parts:
         attribute = group.attrs.get_id(part)
         if math.prod(attribute.shape) > MAX_OBJECTS:
-            raise KerasFileError(f"{group.name}: the attribute {part} is declared with {attribute.shape} names")
+            raise KerasFileError(
+                f"{group.name}: the attribute {part} is declared with {attribute.shape} names"
+            )
     return [text(value) for part in parts for value in np.atleast_1d(group.attrs[part]).tolist()]
 
 
 def store_arrays(model: dict, store: h5py.Group, prefix: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yield each layer's arrays from a `.keras` archive, where a layer's path is its class and a running number."""
+    """Yield each layer's arrays from a `.keras` archive, where a layer goes by its class and a number."""
     counts: dict[str, int] = {}
     for entry in model["config"]["layers"]:
         snake = snake_case(entry["class_name"] if entry["class_name"] != "Model" else "Functional")
@@ -509,13 +547,17 @@ def store_arrays(model: dict, store: h5py.Group, prefix: str) -> Iterator[tuple[
         key = f"{snake}_{number}" if number else snake
         group = store.get(key) if store is not None else None
         if "layers" in entry["config"]:
-            inner = None if group is None else group.get("layers", group.get("_layer_checkpoint_dependencies"))
+            inner = (
+                None if group is None else group.get("layers", group.get("_layer_checkpoint_dependencies"))
+            )
             yield from store_arrays(entry, inner, f"{path}/")
             continue
         expected = expected_variables(entry)
         saved = {} if group is None or "vars" not in group else dict(group["vars"].items())
         if expected and sorted(saved) != sorted(str(index) for index in range(len(expected))):
-            raise KerasFileError(f"layer '{path}' has {len(saved)} tensors in {key}, expected {', '.join(expected)}")
+            raise KerasFileError(
+                f"layer '{path}' has {len(saved)} tensors in {key}, expected {', '.join(expected)}"
+            )
         yield path, {variable: read_array(saved[str(index)]) for index, variable in enumerate(expected)}
 
 
@@ -565,7 +607,10 @@ def saved_groups(file: h5py.File) -> list[tuple[str, dict[str, np.ndarray] | lis
                 visit(member, f"{path}/{name}" if path else name)
 
     visit(file, "")
-    return [(re.sub(r"(^|/)(layers|_layer_checkpoint_dependencies)/", r"\1", path), arrays) for path, arrays in found]
+    return [
+        (re.sub(r"(^|/)(layers|_layer_checkpoint_dependencies)/", r"\1", path), arrays)
+        for path, arrays in found
+    ]
 
 
 def match_weights(groups: list, bn_eps: float) -> tuple[list[Layer], str]:
@@ -577,20 +622,26 @@ def match_weights(groups: list, bn_eps: float) -> tuple[list[Layer], str]:
         tensors = list(arrays.values()) if isinstance(arrays, dict) else arrays
         ranks = [array.ndim for array in tensors]
         if ranks[:1] in ([4], [2]) and ranks[1:] in ([], [1]):
-            (convolutions if ranks[0] == 4 else dense).append((name, dict(zip(("kernel", "bias"), tensors, strict=False))))
+            (convolutions if ranks[0] == 4 else dense).append(
+                (name, dict(zip(("kernel", "bias"), tensors, strict=False)))
+            )
         elif isinstance(arrays, dict) and {"moving_mean", "moving_variance"} <= set(arrays):
             norms.append((name, arrays))
         elif ranks in ([1, 1], [1, 1, 1, 1]):
-            norms.append((name, dict(zip(VARIABLES["BatchNormalization"][-len(ranks) :], tensors, strict=True))))
+            norms.append(
+                (name, dict(zip(VARIABLES["BatchNormalization"][-len(ranks) :], tensors, strict=True)))
+            )
         elif ranks == [1, 1, 1]:
-            raise KerasFileError(f"'{name}' has three tensors: gamma or beta is missing, and weights alone do not say which")
+            raise KerasFileError(
+                f"'{name}' has three tensors: gamma or beta is missing, and weights alone do not say which"
+            )
         elif ranks:
             shapes = [array.shape for array in tensors]
             raise KerasFileError(f"'{name}' has tensors of shapes {shapes}: no layer of a ResNet8")
     if (len(convolutions), len(norms), len(dense)) != (9, 7, 1):
         raise KerasFileError(
-            f"holds {len(convolutions)} convolutions, {len(norms)} BatchNormalizations and {len(dense)} dense layers; "
-            "a ResNet8 has 9, 7 and 1"
+            f"holds {len(convolutions)} convolutions, {len(norms)} BatchNormalizations and {len(dense)} dense "
+            "layers; a ResNet8 has 9, 7 and 1"
         )
     _, _, channels, width = convolutions[0][1]["kernel"].shape
     classes = dense[0][1]["kernel"].shape[1]
@@ -600,14 +651,24 @@ def match_weights(groups: list, bn_eps: float) -> tuple[list[Layer], str]:
             if next(iter(candidate[1].values())).shape == shape:
                 candidates.remove(candidate)
                 return candidate
-        raise KerasFileError(f"no tensor of shape {shape} is left in the file, as a ResNet8 of width {width} needs")
+        raise KerasFileError(
+            f"no tensor of shape {shape} is left in the file, as a ResNet8 of width {width} needs"
+        )
 
     layers = [Layer("input", "InputLayer", {"name": "input", "batch_shape": [None, 32, 32, channels]}, ())]
 
-    def add(class_name: str, config: dict, sources: tuple[str, ...], saved: tuple[str, dict] | None = None) -> str:
+    def add(
+        class_name: str, config: dict, sources: tuple[str, ...], saved: tuple[str, dict] | None = None
+    ) -> str:
         name, arrays = saved or (f"{snake_case(class_name)}#{len(layers)}", {})
         if class_name == "BatchNormalization":
-            config = {"axis": -1, "epsilon": bn_eps, "momentum": 0.99, "scale": "gamma" in arrays, "center": "beta" in arrays}
+            config = {
+                "axis": -1,
+                "epsilon": bn_eps,
+                "momentum": 0.99,
+                "scale": "gamma" in arrays,
+                "center": "beta" in arrays,
+            }
         layers.append(Layer(name, class_name, {"name": name, **config}, sources, arrays))
         return name
 
@@ -632,8 +693,8 @@ def match_weights(groups: list, bn_eps: float) -> tuple[list[Layer], str]:
     saved = take(dense, (4 * width, classes))
     add("Dense", {"units": classes, "activation": "softmax", "use_bias": "bias" in saved[1]}, (x,), saved)
     assumed = (
-        f"weights alone, placed by shape and saved order; assumed: BatchNormalization epsilon {bn_eps:g} (--bn-eps) and "
-        "momentum 0.99, 'same' padding, strides 1, 2, 2, ReLU, softmax, 32 x 32 inputs"
+        "weights alone, placed by shape and saved order; assumed: BatchNormalization epsilon "
+        f"{bn_eps:g} (--bn-eps) and momentum 0.99, 'same' padding, strides 1, 2, 2, ReLU, softmax, 32 x 32 inputs"
     )
     return layers, assumed
 

@@ -35,19 +35,24 @@ class KerasProcess:
         and the arrays that our reader had found. Raises WorkerError when Keras is missing or fails.
         """
         arrays = {
-            f"{layer.name}:{variable}": array for layer in file.layers for variable, array in layer.arrays.items()
+            f"{layer.name}:{variable}": array
+            for layer in file.layers
+            for variable, array in layer.arrays.items()
         }
         graph = [(layer.name, layer.class_name, layer.config, layer.inputs) for layer in file.layers]
         request = {"do": "load", "config": file.config, "graph": graph}
         answer, _ = self.worker.ask(request, {"content": np.frombuffer(file.content, np.uint8), **arrays})
         return answer
 
-    def activations(self, images: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-        """Return every layer's output, by layer name (`model/layer` in a nested model), in order of computation.
+    def activations(
+        self, images: np.ndarray, dtype: str, layers: list[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return every layer's output, by layer name (`model/layer` in a nested model).
 
-        `images` is (N, H, W, C) of any float type, as the model takes them; `dtype` is float32 or float64.
+        `images` is (N, H, W, C) of any float type, as the model takes them; `dtype` is float32 or float64;
+        `layers` names the only ones to return.
         """
-        return self.worker.ask({"do": "activations", "dtype": dtype}, {"images": images})[1]
+        return self.worker.ask({"do": "activations", "dtype": dtype, "layers": layers}, {"images": images})[1]
 
     def predict(self, images: np.ndarray, mean: list[float], std: list[float]) -> np.ndarray:
         """Return what the model makes of `(images - mean) / std`, as (N, classes) float32.
@@ -70,11 +75,12 @@ class KerasProcess:
 
 # What follows runs in the Keras process.
 
+BATCH_SIZE = 100
 TRAINING_ONLY = ("_initializer", "_regularizer", "_constraint")
 
 
 def load_file(content: bytes, config: dict) -> object:
-    """Return the Keras model of a file whose `config` our reader has checked; Keras is given that one, not its own."""
+    """Return a file's Keras model. Keras is given `config`, which our reader has checked, not the file's own."""
     import keras
 
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +101,7 @@ def load_file(content: bytes, config: dict) -> object:
 
 
 def rebuild(graph: list, arrays: dict[str, np.ndarray]) -> tuple[object, dict[str, str]]:
-    """Return the Keras model of a graph and arrays that our reader found, and its layers' names in the file."""
+    """Return the Keras model of a graph and arrays that our reader found, and its layers' names there."""
     import keras
 
     tensors, names = {}, {}
@@ -107,7 +113,9 @@ def rebuild(graph: list, arrays: dict[str, np.ndarray]) -> tuple[object, dict[st
         layer_class = getattr(keras.layers, class_name)
         # initializers and the like change nothing here, and older versions spell them differently
         known = inspect.signature(layer_class.__init__).parameters
-        options = {key: value for key, value in config.items() if key in known and not key.endswith(TRAINING_ONLY)}
+        options = {
+            key: value for key, value in config.items() if key in known and not key.endswith(TRAINING_ONLY)
+        }
         if class_name == "BatchNormalization":
             options["axis"] = -1  # Keras 2 writes [3]
         layer = layer_class(**{**options, "name": f"layer_{len(names)}", "dtype": "float32"})
@@ -171,39 +179,55 @@ class Server:
         def count(variables: list) -> int:
             return int(sum(np.prod(variable.shape) for variable in variables))
 
-        layers = [layer for _, layer in leaves(model) if type(layer).__name__ in ("Conv2D", "BatchNormalization", "Dense")]
+        layers = [
+            layer
+            for _, layer in leaves(model)
+            if type(layer).__name__ in ("Conv2D", "BatchNormalization", "Dense")
+        ]
         for layer in layers:
             layer.trainable = True  # a frozen layer's kernels are parameters all the same
         trainable = sum(count(layer.trainable_weights) for layer in layers)
         statistics = sum(count(layer.non_trainable_weights) for layer in layers)
-        answer = {"keras": keras.__version__, "trainable": trainable, "statistics": statistics, "rebuilt": rebuilt}
+        answer = {
+            "keras": keras.__version__,
+            "trainable": trainable,
+            "statistics": statistics,
+            "rebuilt": rebuilt,
+        }
         return answer, {}
 
-    def activations(self, arrays: dict[str, np.ndarray], dtype: str) -> tuple[dict, dict[str, np.ndarray]]:
+    def activations(
+        self, arrays: dict[str, np.ndarray], dtype: str, layers: list[str] | None
+    ) -> tuple[dict, dict]:
         """Run the model on `images` and return what each layer made of them."""
         model, outputs = self.models[dtype], {}
 
         def record(path: str, call: object) -> object:
             def recorded(*args: object, **kwargs: object) -> object:
                 result = call(*args, **kwargs)
-                outputs[path] = np.asarray(result)
+                outputs.setdefault(path, []).append(np.asarray(result))
                 return result
 
             return recorded
 
-        calls = [(layer, layer.call) for _, layer in leaves(model)]
-        for path, layer in leaves(model):
-            layer.call = record(self.renamed.get(path, path), layer.call)
-        model(arrays["images"].astype(dtype), training=False)
-        for layer, call in calls:
+        calls = [(self.renamed.get(path, path), layer, layer.call) for path, layer in leaves(model)]
+        for path, layer, call in calls:
+            if layers is None or path in layers:
+                layer.call = record(path, call)
+        images = arrays["images"].astype(dtype)
+        for start in range(0, len(images), BATCH_SIZE):
+            model(images[start : start + BATCH_SIZE], training=False)
+        for _, layer, call in calls:
             layer.call = call
-        return {}, outputs
+        return {}, {path: np.concatenate(batches) for path, batches in outputs.items()}
 
-    def predict(self, arrays: dict[str, np.ndarray], mean: list, std: list) -> tuple[dict, dict[str, np.ndarray]]:
+    def predict(
+        self, arrays: dict[str, np.ndarray], mean: list, std: list
+    ) -> tuple[dict, dict[str, np.ndarray]]:
         """Return the float32 model's outputs."""
         pixels = arrays["images"].transpose(0, 2, 3, 1).astype(np.float32)
         images = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-        return {}, {"outputs": self.models["float32"].predict(images, batch_size=128, verbose=0)}
+        return {}, {"outputs": self.models["float32"].predict(images, batch_size=BATCH_SIZE, verbose=0)}
 
 
 def main() -> None:
@@ -216,7 +240,7 @@ def main() -> None:
 
         answer = Server().answer
     except ImportError as error:
-        reason = f"{sys.executable} cannot import Keras ({error}): install tensorflow, or name a Python that has it"
+        reason = f"{sys.executable} cannot import Keras ({error}): install tensorflow, or name another Python"
 
         def answer(request: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
             raise WorkerError(reason)

@@ -1,7 +1,7 @@
 """The Keras twin of `models/resnet8.py`, and its training on CIFAR-10.
 
-The same network, layer for layer: three stages of one residual block, 16, 32 and 64 filters, 78,666 parameters.
-It takes raw pixels (float32, 0 to 255, NHWC) and returns class probabilities. Architecture: MLPerf Tiny's
+The same network, layer for layer: three stages of one residual block, of 16, 32 and 64 filters; 78,666
+parameters. It takes raw pixels (float32, 0 to 255, NHWC) and returns class probabilities. Architecture: MLPerf Tiny's
 image classification reference (Banbury et al. 2021, arXiv:2106.07597; mlcommons/tiny,
 `benchmark/training/image_classification/keras_model.py`), after He et al. 2015, arXiv:1512.03385.
 
@@ -33,8 +33,10 @@ WEIGHT_DECAY = 5e-4
 CROP_PADDING = 3  # pixels, reflected
 
 
-def resnet8(num_classes: int = 10, width: int = 16, input_shape: tuple[int, int, int] = (32, 32, 3)) -> keras.Model:
-    """Return an untrained ResNet8: (N, H, W, C) float32 pixels from 0 to 255 in, (N, num_classes) softmax out."""
+def resnet8(
+    num_classes: int = 10, width: int = 16, input_shape: tuple[int, int, int] = (32, 32, 3)
+) -> keras.Model:
+    """Return an untrained ResNet8: (N, H, W, C) float32 pixels, 0 to 255, in; (N, num_classes) softmax out."""
 
     def conv(filters: int, kernel_size: int = 3, strides: int = 1) -> layers.Conv2D:
         return layers.Conv2D(filters, kernel_size, strides, padding="same", kernel_initializer="he_normal")
@@ -89,6 +91,7 @@ class AugmentedImages(keras.utils.PyDataset):
         return batch.astype(np.float32), self.labels[chosen]
 
     def on_epoch_end(self) -> None:
+        """Draw the next epoch's order, shifts and flips; Keras calls this."""
         self.epoch += 1
         self._draw()
 
@@ -107,7 +110,9 @@ def train(data_dir: Path, epochs: int, output: Path, seed: int, holdout: int, do
 
     keras.utils.set_random_seed(seed)
     batches = AugmentedImages(images[:split], labels[:split], seed, epochs_done)
-    validation = (images[split:].transpose(0, 2, 3, 1).astype(np.float32), labels[split:]) if holdout else None
+    validation = (
+        (images[split:].transpose(0, 2, 3, 1).astype(np.float32), labels[split:]) if holdout else None
+    )
     optimizer = keras.optimizers.SGD(
         keras.optimizers.schedules.CosineDecay(
             initial_learning_rate=0.0,
@@ -168,13 +173,23 @@ def plot_curves(log: Path, figure_path: Path) -> None:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m models.keras_resnet8", description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds cifar-10-batches-bin/ (default: data)")
+    parser = argparse.ArgumentParser(
+        prog="python -m models.keras_resnet8", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="holds cifar-10-batches-bin/ (default: data)"
+    )
     parser.add_argument("--epochs", type=int, default=130)
-    parser.add_argument("--output", type=Path, default=Path("checkpoints/resnet8_keras.h5"), help="the .h5 to write")
+    parser.add_argument(
+        "--output", type=Path, default=Path("checkpoints/resnet8_keras.h5"), help="the .h5 to write"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--holdout", type=int, default=5000, help="training images kept for validation (default: 5000)")
-    parser.add_argument("--download", action="store_true", help="download CIFAR-10 into DATA_DIR if it is not there")
+    parser.add_argument(
+        "--holdout", type=int, default=5000, help="training images kept for validation (default: 5000)"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="download CIFAR-10 into DATA_DIR if it is not there"
+    )
     arguments = parser.parse_args()
     train(**vars(arguments))
 

@@ -21,10 +21,10 @@
     fc                   10                          650                     640
     total                                 78,186 + 480              12,501,632
 
-Parameters are trainable + statistics (a BatchNorm's running mean and variance): 78,666 in all, as Keras counts.
-Every 3x3 convolution is padded as Keras pads ('same'), every convolution has a bias, the shortcuts of stages 2
-and 3 are 1x1 convolutions without BatchNorm, and a ReLU follows every BatchNorm but a block's second, where it
-follows the addition.
+Parameters are trainable + statistics (a BatchNorm's running mean and variance): 78,666 in all, as Keras
+counts. Every 3x3 convolution is padded as Keras pads ('same'), every convolution has a bias, the shortcuts of
+stages 2 and 3 are 1x1 convolutions without BatchNorm, and a ReLU follows every BatchNorm but a block's second,
+where it follows the addition.
 
 Sources: the architecture is MLPerf Tiny's image classification reference (Banbury et al. 2021,
 arXiv:2106.07597; mlcommons/tiny, benchmark/training/image_classification/keras_model.py, `resnet_v1_eembc`),
@@ -44,8 +44,8 @@ from torch import Tensor, nn
 class SamePadConv2d(nn.Conv2d):
     """A strided convolution, padded as TensorFlow pads 'same': ceil(size / stride) outputs, for every size.
 
-    The padding is what the last window lacks, its odd pixel at the bottom and right. An even size with kernel 3
-    and stride 2 gets (0, 1), where PyTorch's `padding=1` gives (1, 1) and other outputs. Source:
+    The padding is what the last window lacks, its odd pixel at the bottom and right. An even size with kernel
+    3 and stride 2 gets (0, 1), where PyTorch's `padding=1` gives (1, 1) and other outputs. Source:
     https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
     """
 
@@ -63,7 +63,9 @@ class SamePadConv2d(nn.Conv2d):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut around them; a strided block's shortcut is a 1x1 convolution."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, bn_eps: float, bn_momentum: float) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, bn_eps: float, bn_momentum: float
+    ) -> None:
         super().__init__()
         conv = SamePadConv2d(in_channels, channels, 3, stride) if stride > 1 else None
         self.conv1 = conv or nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -117,8 +119,8 @@ class ResNet8(nn.Module):
     def from_checkpoint(cls, path: str | Path, map_location: str | torch.device = "cpu") -> "ResNet8":
         """Return the network of a `convert.py` checkpoint, of the shape its tensors have, in eval mode.
 
-        BatchNorm's epsilon and momentum come from the JSON file beside the checkpoint, or are the defaults where
-        there is none. No code in the file is run (`weights_only=True`). Raises OSError when a file cannot be
+        BatchNorm's epsilon and momentum come from the JSON file beside the checkpoint, or are the defaults
+        where there is none. No code in the file is run (`weights_only=True`). Raises OSError when a file cannot be
         read, ValueError with one line when it is not a ResNet8's state_dict.
         """
         path = Path(path)
@@ -144,8 +146,8 @@ class ResNet8(nn.Module):
 def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Return the tensors of a `.pt` file, by name.
 
-    No code in the file is run (`weights_only=True`). Raises OSError when it cannot be read, ValueError with one
-    line when it is damaged, or holds anything but tensors.
+    No code in the file is run (`weights_only=True`). Raises OSError when it cannot be read, ValueError with
+    one line when it is damaged, or holds anything but tensors.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # a TorchScript archive is warned of, then refused
@@ -153,7 +155,9 @@ def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dic
     except OSError:
         raise
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: not a plain state_dict (it holds code or objects, which are not loaded)") from None
+        raise ValueError(
+            f"{path}: not a plain state_dict (it holds code or objects, which are not loaded)"
+        ) from None
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -1,8 +1,8 @@
 """Python processes that answer requests: where HDF5 and Keras run, away from PyTorch.
 
-Importing torchvision after tensorflow crashes the interpreter, and damaged bytes can crash the HDF5 library. In a
-process of its own, neither takes the conversion with it; and its start-up overlaps ours. A message is a JSON object
-and any number of arrays, sent through a pipe as JSON and raw bytes: no pickle, either way.
+Importing torchvision after tensorflow crashes the interpreter, and damaged bytes can crash the HDF5 library.
+In a process of its own, neither takes the conversion with it; and its start-up overlaps ours. A message is a
+JSON object and any number of arrays, sent through a pipe as JSON and raw bytes: no pickle, either way.
 """
 
 from __future__ import annotations  # `--keras-python` may name an older Python
@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Callable
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class WorkerError(Exception):
-    """The worker could not answer: it refused (`status` is None), or ended with a `status` and wrote `log`."""
+    """The worker refused (`status` is None), or ended with a `status`; `log` is what it wrote to stderr."""
 
     def __init__(self, message: str, status: int | None = None, log: str = "") -> None:
         super().__init__(message)
@@ -43,7 +44,7 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        self.stderr = tempfile.TemporaryFile()
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
         try:
             self.process = subprocess.Popen(
                 [self.python, "-m", self.module],
@@ -58,7 +59,7 @@ class Worker:
     def ask(self, request: dict, arrays: dict[str, np.ndarray] | None = None, timeout: float = 600) -> tuple:
         """Return the worker's answer to `request`: (dict, arrays by name).
 
-        Raises WorkerError when it refuses (with its own message), dies, or takes longer than `timeout` seconds.
+        Raises WorkerError when it refuses (with its own message), dies, or takes over `timeout` seconds.
         """
         if self.process.poll() is not None:
             self.close()
@@ -71,7 +72,9 @@ class Worker:
         except (EOFError, OSError):
             status = self.process.wait()
             seconds = f" after {timeout:.0f} s" if not timer.is_alive() else ""
-            raise WorkerError(f"{self.module} ended with status {status}{seconds}", status, self.log()) from None
+            raise WorkerError(
+                f"{self.module} ended with status {status}{seconds}", status, self.log()
+            ) from None
         finally:
             timer.cancel()
         if "error" in answer:
@@ -98,7 +101,9 @@ class Worker:
         self.close()
 
 
-def serve(answer: Callable[[dict, dict[str, np.ndarray]], tuple], refusals: tuple[type[Exception], ...]) -> None:
+def serve(
+    answer: Callable[[dict, dict[str, np.ndarray]], tuple], refusals: tuple[type[Exception], ...]
+) -> None:
     """Answer requests from stdin with `answer(request, arrays) -> (dict, arrays)` until stdin ends.
 
     An exception of a type in `refusals` is an answer too; any other ends the process.

@@ -213,7 +213,8 @@ def test_os_errors_are_one_line(tmp_path):
 
 def test_reading_imports_no_framework():
     code = (
-        "import sys; from pathlib import Path; from data.cifar10 import load_test; load_test(Path('/nowhere'))\n"
+        "import sys; from pathlib import Path\n"
+        "from data.cifar10 import load_test; load_test(Path('/nowhere'))\n"
         "print({'torch', 'torchvision', 'tensorflow', 'keras', 'h5py'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)

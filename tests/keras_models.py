@@ -1,0 +1,485 @@
+"""Writes Keras files of ResNet8s, in every variant and format, and what Keras makes of images with each.
+
+    python -m tests.keras_models OUT_DIR keras|tf_keras
+
+Keras 3 writes the present formats, tf_keras those of Keras 2. OUT_DIR gets `VARIANT.h5`, `.keras`, `.weights.h5` and
+(tf_keras) `.legacy.h5`, `save_weights` of Keras 2, for each of VARIANTS, and `expected.npz`: `VARIANT:images` and
+`VARIANT:outputs`, in float64 with weights rounded to float32; `refused/` gets those of REFUSED, and `hostile/` those
+that carry code. Weights are random, BatchNorm's statistics, gamma and beta too, so that no swap can hide.
+
+The tests import this module for its tables; only running it imports Keras.
+"""
+
+import importlib
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+WRITERS = ("keras", "tf_keras")
+SHAPE = (16, 16, 3)
+WIDTH = 4  # few numbers, so that a damaged byte often hits what matters
+CLASSES = 7
+
+
+def resnet8(
+    K: ModuleType,  # noqa: N803
+    shape: tuple = SHAPE,
+    width: int = WIDTH,
+    classes: int = CLASSES,
+    conv: dict | None = None,
+    norm: dict | None = None,
+    change: dict | None = None,
+    rename: Callable[[str], str] | None = None,
+    shortcut_first: bool = False,
+    nest_stages: bool = False,
+    widths: tuple = (1, 2, 4),
+    strides: tuple = (1, 2, 2),
+) -> object:
+    """Return a ResNet8 with options `conv` and `norm` for its layers.
+
+    `change` maps a place in the network, such as `layer2.bn1`, to a function (layers, x) -> x that replaces
+    the layer there; None in place of the function leaves the layer out.
+    """
+    L, change = K.layers, change or {}  # noqa: N806
+
+    def name(place: str) -> dict:
+        return {"name": rename(place)} if rename else {}
+
+    def put(place: str, x: object, layer: Callable, **options: object) -> object:
+        if place in change:
+            return change[place](L, x) if change[place] else x
+        return layer(**options, **name(place))(x)
+
+    def put_conv(place: str, x: object, filters: int, kernel: int = 3, stride: int = 1) -> object:
+        options = {"strides": stride, "padding": "same", **(conv or {})}
+        return put(place, x, L.Conv2D, filters=filters, kernel_size=kernel, **options)
+
+    def stage(at: str, x: object, filters: int, stride: int) -> object:
+        def shortcut() -> object:
+            return x if stride == 1 else put_conv(f"{at}.downsample", x, filters, 1, stride)
+
+        early = shortcut() if shortcut_first else None
+        y = put_conv(f"{at}.conv1", x, filters, 3, stride)
+        y = put(f"{at}.relu1", put(f"{at}.bn1", y, L.BatchNormalization, **(norm or {})), L.ReLU)
+        y = put_conv(f"{at}.conv2", y, filters)
+        y = put(f"{at}.bn2", y, L.BatchNormalization, **(norm or {}))
+        y = put(f"{at}.add", [early, y] if shortcut_first else [y, shortcut()], L.Add)
+        return put(f"{at}.relu2", y, L.ReLU)
+
+    inputs = x = K.Input(shape, **name("input"))
+    x = put("input", x, L.Layer) if "input" in change else x
+    x = put("bn1", put_conv("conv1", x, width), L.BatchNormalization, **(norm or {}))
+    x = put("relu1", x, L.ReLU)
+    for index, (factor, stride) in enumerate(zip(widths, strides, strict=True), start=1):
+        if nest_stages:
+            inner = K.Input(x.shape[1:])
+            x = K.Model(inner, stage(f"layer{index}", inner, factor * width, stride), name=f"stage{index}")(x)
+        else:
+            x = stage(f"layer{index}", x, factor * width, stride)
+    x = put("avgpool", x, L.GlobalAveragePooling2D)
+    return K.Model(inputs, put("fc", x, L.Dense, units=classes, activation="softmax"))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network, the dtype policy it is written with, and whether its weights alone can be converted too."""
+
+    build: Callable[[ModuleType], object]
+    policy: str = "float32"
+    weights_alone: bool = True
+    writers: tuple[str, ...] = WRITERS
+    bn_eps: float = 1e-3  # for the weights alone, which do not say it
+    pixels: bool = False  # takes images from 0 to 255
+
+
+def variant(policy: str = "float32", weights_alone: bool = True, writers: tuple = WRITERS, **options: object) -> Variant:
+    """Return the Variant that is `resnet8` with `options`."""
+    more = {key: options.pop(key) for key in ("bn_eps", "pixels") if key in options}
+    return Variant(lambda K: resnet8(K, **options), policy, weights_alone, writers, **more)
+
+
+def misleading(place: str) -> str:
+    """Return a name that says something else than what the layer is."""
+    rng = random.Random(place)
+    return f"{rng.choice(['conv2d', 'dense', 'add', 'batch_normalization', 'x'])}_{rng.randrange(10**6)}"
+
+
+def each(places: str, function: Callable | None) -> dict:
+    """Return a `change` of several places, such as `layer1.relu1 layer1.relu2`."""
+    return {place: function for place in places.split()}
+
+
+RELUS = "relu1 " + " ".join(f"layer{index}.relu{number}" for index in (1, 2, 3) for number in (1, 2))
+SHORTCUTS = "layer2.downsample layer3.downsample"
+
+
+def pooled_by(size: object, **options: object) -> dict:
+    return {"avgpool": lambda L, x: L.Flatten()(L.AveragePooling2D(size, **options)(x))}
+
+
+def dense_then(make: Callable | None) -> dict:
+    def head(L: ModuleType, x: object) -> object:  # noqa: N803
+        logits = L.Dense(CLASSES)(x)
+        return make(L)(logits) if make else logits
+
+    return {"fc": head}
+
+
+def adapted(L: ModuleType, x: object) -> object:  # noqa: N803
+    layer = L.Normalization()
+    layer.adapt(np.random.default_rng(0).uniform(0, 255, (8, *SHAPE)).astype(np.float32) * [0.5, 0.8, 1.0])
+    return layer(x)
+
+
+def noisy(K: ModuleType) -> object:  # noqa: N803
+    """Augmentation, dropout and noise wherever people put them."""
+
+    def augmented(L: ModuleType, x: object) -> object:  # noqa: N803
+        for layer in (L.RandomFlip("horizontal"), L.RandomRotation(0.1), L.RandomZoom(0.1), L.RandomContrast(0.1)):
+            x = layer(x)
+        return L.GaussianNoise(0.1)(x)
+
+    return resnet8(
+        K,
+        change={
+            "input": augmented,
+            "relu1": lambda L, x: L.Dropout(0.3)(L.ReLU()(x)),
+            "layer1.relu2": lambda L, x: L.SpatialDropout2D(0.3)(L.ReLU()(x)),
+            "layer2.downsample": lambda L, x: L.GaussianDropout(0.1)(L.Conv2D(2 * WIDTH, 1, 2, padding="same")(x)),
+            "avgpool": lambda L, x: L.Dropout(0.5)(L.GlobalAveragePooling2D()(x)),
+        },
+    )
+
+
+def nested(K: ModuleType) -> object:  # noqa: N803
+    """A whole model inside a functional one, behind an input layer."""
+    inputs = K.Input(SHAPE)
+    return K.Model(inputs, resnet8(K)(K.layers.Rescaling(1 / 255)(inputs)))
+
+
+def nested_deep(K: ModuleType) -> object:  # noqa: N803
+    """Sequential of augmentation, of a model in a model, and of the head."""
+    L = K.layers  # noqa: N806
+    backbone = resnet8(K, change=each("fc", None))
+    inputs = K.Input(SHAPE)
+    middle = K.Model(inputs, backbone(inputs), name="middle")
+    augmentation = K.Sequential([L.RandomFlip("horizontal"), L.RandomRotation(0.1)], name="augmentation")
+    return K.Sequential([K.Input(SHAPE), augmentation, middle, L.Dropout(0.2), L.Dense(CLASSES, "softmax")])
+
+
+def compiled(K: ModuleType) -> object:  # noqa: N803
+    """A network that has been trained for a step: the file holds an optimizer's state and names a loss."""
+    model = resnet8(K, conv={"kernel_initializer": "he_normal", "kernel_regularizer": K.regularizers.L2(1e-4)})
+    model.compile(K.optimizers.Adam(1e-3), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(np.zeros((2, *SHAPE), np.float32), np.zeros(2), verbose=0)
+    model.layers[3].trainable = False
+    return model
+
+
+VARIANTS = {
+    "plain": variant(),
+    "renamed": variant(rename=misleading),
+    "shortcut_first": variant(shortcut_first=True),
+    "full_size": variant(width=16, classes=10, shape=(32, 32, 3)),
+    "classes_100": variant(classes=100),
+    "two_classes": variant(classes=2),
+    "gray": variant(shape=(28, 28, 1)),
+    "four_channels": variant(shape=(16, 16, 4)),  # as many as the width: the first kernel looks like the next two
+    "large_input": variant(shape=(64, 48, 3)),
+    "odd_input": variant(shape=(33, 21, 3)),
+    "any_input": variant(shape=(None, None, 3)),
+    "no_conv_bias": variant(conv={"use_bias": False}),
+    "no_dense_bias": variant(change={"fc": lambda L, x: L.Dense(CLASSES, "softmax", use_bias=False)(x)}),
+    "no_scale": variant(norm={"scale": False}, weights_alone=False),
+    "no_center": variant(norm={"center": False}, weights_alone=False),
+    "no_scale_no_center": variant(norm={"scale": False, "center": False}),
+    "epsilon_momentum": variant(norm={"epsilon": 1e-5, "momentum": 0.9}, bn_eps=1e-5),
+    "relu_activation": variant(change=each(RELUS, lambda L, x: L.Activation("relu")(x))),
+    "relu_in_norm_order": variant(change=each("relu1", lambda L, x: L.Activation("relu")(L.Activation("linear")(x)))),
+    "average_pooling": variant(change=pooled_by(4)),
+    "average_pooling_oblong": variant(shape=(32, 16, 3), change=pooled_by((8, 4), strides=1)),
+    "softmax_layer": variant(change=dense_then(lambda L: L.Softmax())),
+    "softmax_activation": variant(change=dense_then(lambda L: L.Activation("softmax"))),
+    "logits": variant(change=dense_then(None)),
+    "noisy": Variant(noisy),
+    "rescaling": variant(
+        change={"input": lambda L, x: L.Rescaling(1 / 255)(x)}, weights_alone=False, pixels=True
+    ),
+    "rescaling_offset": variant(
+        change={"input": lambda L, x: L.Rescaling(1 / 127.5, offset=-1)(x)}, weights_alone=False, pixels=True
+    ),
+    "normalization": variant(
+        change={"input": lambda L, x: L.Normalization(mean=[125.3, 123.0, 113.9], variance=[3969.0, 3856, 4452])(x)},
+        weights_alone=False,
+        pixels=True,
+    ),
+    "normalization_adapted": variant(change={"input": adapted}, weights_alone=False, pixels=True),
+    "rescaling_normalization": variant(
+        change={
+            "input": lambda L, x: L.Normalization(mean=[0.49, 0.48, 0.45], variance=[0.06, 0.059, 0.068])(
+                L.Rescaling(1 / 255)(x)
+            )
+        },
+        weights_alone=False,
+        pixels=True,
+    ),
+    "nested": Variant(nested, weights_alone=False, pixels=True),
+    "nested_stages": variant(nest_stages=True),
+    "nested_deep": Variant(nested_deep),
+    "compiled": Variant(compiled),
+    "valid_where_equal": variant(
+        change={
+            "layer2.downsample": lambda L, x: L.Conv2D(2 * WIDTH, 1, 2)(x),
+            "layer3.downsample": lambda L, x: L.Conv2D(4 * WIDTH, 1, 2)(x),
+        }
+    ),
+    "operator_add": variant(
+        change=each("layer1.add layer2.add layer3.add", lambda L, x: x[0] + x[1]), writers=("keras",)
+    ),
+    "float16": variant("float16"),
+    "float64": variant("float64"),
+    "mixed_float16": variant("mixed_float16"),
+    "mixed_bfloat16": variant("mixed_bfloat16"),
+}
+
+
+def two_outputs(K: ModuleType) -> object:  # noqa: N803
+    model = resnet8(K)
+    return K.Model(model.input, [model.output, K.layers.Dense(3)(model.layers[-2].output)])
+
+
+def two_inputs(K: ModuleType) -> object:  # noqa: N803
+    model, second = resnet8(K), K.Input(SHAPE)
+    return K.Model([model.input, second], K.layers.Add()([model.output, resnet8(K)(second)]))
+
+
+def shared_layer(K: ModuleType) -> object:  # noqa: N803
+    conv = K.layers.Conv2D(WIDTH, 3, padding="same", name="shared")
+    return resnet8(K, change=each("layer1.conv1 layer1.conv2", lambda L, x: conv(x)))
+
+
+def conv_with(**options: object) -> Callable:
+    options = {"filters": WIDTH, "kernel_size": 3, "padding": "same", "name": "odd", **options}
+    return lambda L, x: L.Conv2D(**options)(x)
+
+
+def named(layer: str, *arguments: object, **options: object) -> Callable:
+    return lambda L, x: getattr(L, layer)(*arguments, name="odd", **options)(x)
+
+
+def behind(place_layer: Callable, layer: Callable) -> Callable:
+    return lambda L, x: layer(L, place_layer(L, x))
+
+
+SHORTCUT = {"filters": 2 * WIDTH, "kernel_size": 1, "strides": 2, "padding": "same"}
+
+# What must be refused: name -> (network, words that the message must hold: where, what, what was expected).
+REFUSED: dict[str, tuple[Variant, str]] = {
+    "tanh": (variant(change=each("layer1.relu1", named("Activation", "tanh"))), "odd tanh relu"),
+    "leaky_relu": (variant(change=each("layer1.relu1", named("LeakyReLU"))), "odd LeakyReLU ReLU"),
+    "relu6": (variant(change=each("layer1.relu1", named("ReLU", max_value=6.0))), "odd max_value 6"),
+    "relu_slope": (variant(change=each("layer1.relu1", named("ReLU", negative_slope=0.1))), "odd slope 0.1"),
+    "relu_threshold": (variant(change=each("layer1.relu1", named("ReLU", threshold=0.5))), "odd threshold 0.5"),
+    "elu": (variant(change=each("layer3.relu2", named("Activation", "elu"))), "odd elu relu"),
+    "conv_tanh": (variant(change=each("layer1.conv2", conv_with(activation="tanh"))), "odd activation tanh"),
+    "conv_relu": (variant(change=each("layer1.conv2", conv_with(activation="relu"))), "odd activation relu"),
+    "subtract": (variant(change=each("layer2.add", named("Subtract"))), "odd Subtract Add"),
+    "multiply": (variant(change=each("layer2.add", named("Multiply"))), "odd Multiply Add"),
+    "average": (variant(change=each("layer2.add", named("Average"))), "odd Average Add"),
+    "no_skip": (variant(change=each("layer1.add", lambda L, x: x[0])), "Add"),
+    "add_itself": (variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([x[0], x[0]]))), "odd"),
+    "add_three": (variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([*x, x[1]]))), "odd 3 2"),
+    "shortcut_relu": (
+        variant(change=each("layer2.downsample", behind(conv_with(**SHORTCUT | {"name": "cut"}), named("ReLU")))),
+        "odd ReLU",
+    ),
+    "shortcut_norm": (
+        variant(
+            change=each("layer2.downsample", behind(conv_with(**SHORTCUT | {"name": "cut"}), named("BatchNormalization")))
+        ),
+        "odd BatchNormalization",
+    ),
+    "shortcut_conv_on_stage1": (
+        variant(change=each("layer1.add", lambda L, x: L.Add()([x[0], L.Conv2D(WIDTH, 1, name="odd")(x[1])]))),
+        "odd Conv2D",
+    ),
+    "no_last_relu": (variant(change=each("layer3.relu2", None)), "ReLU"),
+    "no_first_relu": (variant(change=each("relu1", None)), "ReLU"),
+    "no_norm": (variant(change=each("layer2.bn2", None)), "BatchNormalization"),
+    "preactivation": (variant(change=each("layer1.bn1", named("ReLU")) | each("layer1.relu1", named("BatchNormalization"))
+                              | {"layer1.relu1": lambda L, x: L.BatchNormalization(name="late")(x)}), "odd ReLU BatchNormalization"),
+    "dilation": (variant(change=each("layer1.conv1", conv_with(dilation_rate=2))), "odd dilation 2 1"),
+    "groups": (variant(change=each("layer1.conv1", conv_with(groups=2))), "odd groups 2 1"),
+    "kernel_5": (variant(change=each("layer1.conv1", conv_with(kernel_size=5))), "odd kernel 5 3"),
+    "shortcut_3x3": (
+        variant(change=each("layer2.downsample", conv_with(**SHORTCUT | {"kernel_size": 3}))),
+        "odd kernel 3 1",
+    ),
+    "max_pooling": (
+        variant(change=each("avgpool", lambda L, x: L.GlobalMaxPooling2D(name="odd")(x))),
+        "odd GlobalMaxPooling2D",
+    ),
+    "max_pooling_inside": (
+        variant(change=each("relu1", lambda L, x: L.MaxPooling2D(2, name="odd")(L.ReLU()(x)))),
+        "odd MaxPooling2D",
+    ),
+    "partial_pooling": (variant(change=pooled_by(2, name="odd")), "odd pool 2 4"),
+    "pooling_same": (variant(change=pooled_by(5, padding="same", name="odd")), "odd 5"),
+    "flatten": (variant(change=each("avgpool", named("Flatten"))), "odd Flatten"),
+    "sigmoid": (variant(change=each("fc", named("Dense", CLASSES, "sigmoid"))), "odd sigmoid softmax"),
+    "dense_relu": (variant(change=each("fc", named("Dense", CLASSES, "relu"))), "odd relu softmax"),
+    "sigmoid_layer": (variant(change=dense_then(lambda L: L.Activation("sigmoid", name="odd"))), "odd sigmoid"),
+    "softmax_twice": (
+        variant(change=each("fc", lambda L, x: L.Softmax(name="odd")(L.Dense(CLASSES, "softmax")(x)))),
+        "odd",
+    ),
+    "dense_twice": (variant(change=each("fc", lambda L, x: L.Dense(5, name="odd")(L.Dense(9)(x)))), "Dense"),
+    "valid_padding": (
+        variant(
+            change=each("conv1", conv_with(padding="valid"))
+        ),
+        "odd valid same",
+    ),
+    "valid_strided": (
+        variant(
+            shape=(17, 17, 3),
+            change=each("layer2.conv1", lambda L, x: L.ZeroPadding2D(1, name="odd")(x))
+            | {"layer2.conv1": lambda L, x: L.Conv2D(2 * WIDTH, 3, 2, name="odd")(L.ZeroPadding2D(1, name="pad")(x))},
+        ),
+        "pad ZeroPadding2D",
+    ),
+    "stride_first": (variant(change=each("conv1", conv_with(strides=2))), "odd strides 2 1"),
+    "other_strides": (variant(strides=(1, 2, 1), widths=(1, 2, 2)), ""),
+    "epsilons_differ": (variant(change=each("layer2.bn1", named("BatchNormalization", epsilon=1e-5))), "odd epsilon 1e-05 0.001"),
+    "shared": (Variant(shared_layer), "shared 2 times"),
+    "two_outputs": (Variant(two_outputs), "2 outputs"),
+    "two_inputs": (Variant(two_inputs), "inputs"),
+    "extra_conv": (
+        variant(change=each("relu1", lambda L, x: L.Conv2D(WIDTH, 3, padding="same", name="odd")(L.ReLU()(x)))),
+        "odd Conv2D",
+    ),
+    "rescaling_inside": (variant(change=each("relu1", lambda L, x: L.Rescaling(2.0, name="odd")(L.ReLU()(x)))), "odd Rescaling"),
+    "norm_of_input": (
+        variant(change={"input": lambda L, x: L.BatchNormalization(name="odd")(x)}),
+        "odd BatchNormalization",
+    ),
+    "depthwise": (
+        variant(change=each("layer1.conv1", named("DepthwiseConv2D", 3, padding="same"))),
+        "odd DepthwiseConv2D Conv2D",
+    ),
+    "layer_norm": (variant(change=each("layer1.bn1", named("LayerNormalization"))), "odd LayerNormalization"),
+    "two_stages": (variant(widths=(1, 2), strides=(1, 2)), ""),
+    "four_stages": (variant(widths=(1, 2, 4, 8), strides=(1, 2, 2, 2)), ""),
+    "width_not_doubling": (variant(widths=(1, 3, 4)), f"{3 * WIDTH} {2 * WIDTH}"),
+    "width_constant": (variant(widths=(1, 1, 1)), f"{WIDTH} {2 * WIDTH}"),
+    "norm_axis_1": (variant(change=each("layer1.bn1", named("BatchNormalization", axis=1))), "odd axis 1"),
+    "custom_layer": (Variant(lambda K: resnet8(K, change=each("relu1", custom(K, "Custom")))), "odd Custom custom"),
+    "custom_named_relu": (Variant(lambda K: resnet8(K, change=each("relu1", custom(K, "ReLU")))), "odd ReLU custom"),
+}
+
+
+def custom(K: ModuleType, name: str) -> Callable:  # noqa: N803
+    """Return a `change` into a registered layer of our own called `name`."""
+    register = K.utils.register_keras_serializable("evil") if hasattr(K.utils, "register_keras_serializable") else None
+    register = register or K.saving.register_keras_serializable("evil")
+    layer = register(type(name, (K.layers.Layer,), {"call": lambda self, x: x * 2}))
+    return lambda L, x: layer(name="odd")(x)
+
+
+def set_dtype(K: ModuleType, policy: str, floatx: str) -> None:  # noqa: N803
+    """Make Keras build what follows with a dtype policy."""
+    K.backend.set_floatx(floatx)
+    (K.config.set_dtype_policy if hasattr(K, "config") else K.mixed_precision.set_global_policy)(policy)
+
+
+def randomize(model: object, rng: np.random.Generator) -> None:
+    """Draw every weight, so that logits are of the order of 1; a Normalization keeps what it has adapted to."""
+    values = []
+    for variable in model.weights:
+        name = getattr(variable, "path", variable.name).split("/")[-1].split(":")[0]
+        shape = tuple(variable.shape)
+        if name == "kernel":
+            values.append(rng.normal(0, (2 / np.prod(shape[:-1])) ** 0.5, shape))
+        elif name in ("gamma", "moving_variance"):
+            values.append(rng.uniform(0.5, 2, shape))
+        elif name in ("bias", "beta", "moving_mean"):
+            values.append(rng.normal(0, 0.5, shape))
+        else:
+            values.append(np.asarray(variable))
+    model.set_weights(values)
+
+
+def write_variant(K: ModuleType, name: str, folder: Path, rng: np.random.Generator) -> dict:  # noqa: N803
+    """Write a variant's files; return its images and outputs, in float64."""
+    chosen = VARIANTS[name]
+    floatx = chosen.policy if chosen.policy in ("float16", "float64") else "float32"
+    set_dtype(K, chosen.policy, floatx)
+    model = chosen.build(K)
+    randomize(model, rng)
+    model.save(folder / f"{name}.h5")
+    model.save(folder / f"{name}.keras")
+    model.save_weights(folder / f"{name}.weights.h5")
+    if K.__name__ == "tf_keras":
+        model.save_weights(folder / f"{name}.legacy.h5")
+
+    set_dtype(K, "float64", "float64")
+    twin = chosen.build(K)
+    twin.set_weights([np.asarray(weight).astype(np.float32) for weight in model.get_weights()])
+    for layer in twin.layers:
+        if hasattr(layer, "finalize_state"):
+            layer.finalize_state()
+    height, width, channels = (size or 24 for size in model.input_shape[1:])
+    images = rng.uniform(0, 255, (3, height, width, channels)) if chosen.pixels else rng.normal(0, 1, (3, height, width, channels))
+    return {f"{name}:images": images, f"{name}:outputs": np.asarray(twin(images, training=False))}
+
+
+def write_hostile(K: ModuleType, folder: Path) -> None:  # noqa: N803
+    """Write models with a Lambda layer whose code leaves a mark, and see that with Keras it does."""
+    mark = str(folder / "mark")
+
+    def leave_mark(x: object, mark: str = mark) -> object:
+        __import__("pathlib").Path(mark).touch()
+        return x
+
+    model = resnet8(K, change=each("relu1", lambda L, x: L.Lambda(leave_mark, name="odd")(x)))
+    for suffix in (".h5", ".keras"):
+        path = folder / f"lambda{suffix}"
+        model.save(path)
+        Path(mark).unlink()
+        K.models.load_model(path, safe_mode=False)
+        Path(mark).unlink()  # raises if Keras did not run the code: then the file proves nothing
+    model.save_weights(folder / "lambda.weights.h5")
+
+
+def main() -> None:
+    """Write everything."""
+    folder, library = Path(sys.argv[1]), sys.argv[2]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    K = importlib.import_module(library)  # noqa: N806
+    rng = np.random.default_rng(WRITERS.index(library))
+    for name in ("", "refused", "hostile"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    expected = {}
+    for name, chosen in VARIANTS.items():
+        if library in chosen.writers:
+            expected |= write_variant(K, name, folder, rng)
+    np.savez(folder / "expected.npz", **expected)
+
+    set_dtype(K, "float32", "float32")
+    for name, (chosen, _) in REFUSED.items():
+        model = chosen.build(K)
+        model.save(folder / "refused" / f"{name}.h5")
+        model.save(folder / "refused" / f"{name}.keras")
+        model.save_weights(folder / "refused" / f"{name}.weights.h5")
+    write_hostile(K, folder / "hostile")
+
+
+if __name__ == "__main__":
+    main()
