@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.cifar10 import load_test
+from data.cifar10 import DataError, load_test
 from data.files import write_files
 from models.keras_file import TRAINING_LAYERS, KerasFile, KerasFileError, Layer, read_keras_file, start_reader
 from models.keras_process import KerasProcess
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 DEFAULT_INPUT = Path("checkpoints/resnet8_keras.h5")
 DEFAULT_OUTPUT = Path("checkpoints/resnet8.pt")
 
-# How far PyTorch may be from Keras. In float64 two right networks differ by rounding alone: 3e-13 was measured
-# on the activations of the MLPerf Tiny model, 7e-15 on its probabilities.
+# How far PyTorch may be from Keras. In float64 two right networks differ by rounding alone: 3e-13 was
+# measured on the activations of the MLPerf Tiny model, 7e-15 on its probabilities.
 MAX_ACTIVATION_DIFFERENCE = 1e-10  # float64
 MAX_PROBABILITY_DIFFERENCE = {"float64": 1e-12, "float32": 1e-4}
 
@@ -227,7 +227,7 @@ def input_shape(file: KerasFile) -> list[int | None]:
     return shape[1:]
 
 
-# --- 2. The mapping: every tensor, its axes in PyTorch's order, and its PyTorch key ------------------------------
+# --- 2. The mapping: every tensor, its axes in PyTorch's order, and its PyTorch key ---------------------
 
 TRANSFORMS = {
     # Keras's variable: (PyTorch's parameter, the Keras axis of each PyTorch axis)
@@ -488,10 +488,10 @@ def convert_file(
     bn_eps: float = 1e-3,
     verbose: bool = False,
 ) -> dict:
-    """Convert one Keras file, verify it if there is a Keras process, write `output` and its JSON, return that.
+    """Convert one Keras file, verify it if there is a Keras process, write `output` and its JSON; return it.
 
     `mean` and `std` (a value, or one a channel, in pixel units) say what the Keras model is fed:
-    (pixel - mean) / std. Raises KerasFileError, VerificationError, WorkerError or OSError, and writes nothing.
+    (pixel - mean) / std. Raises KerasFileError, VerificationError, WorkerError, OSError; writes nothing then.
     """
     file = read_keras_file(path, reader, bn_eps)
     print(f"{path}: {file.format}")
@@ -714,7 +714,7 @@ def main() -> int:
                         arguments.verbose,
                     )
                     outcomes.append((path, metadata, str(output)))
-                except (KerasFileError, VerificationError, WorkerError, OSError) as error:
+                except (KerasFileError, VerificationError, WorkerError, DataError, OSError) as error:
                     message = str(error)
                     if isinstance(error, WorkerError):
                         print(error.log, file=sys.stderr, end="")

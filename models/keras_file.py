@@ -1,7 +1,7 @@
 """Reading a Keras model file with h5py, json and zipfile: never through Keras, and running no code from it.
 
-`read_keras_file` returns the file's layers in one form, whatever its format: `.h5` whole models and weights of
-Keras 2 and 3, `.keras` archives, `.weights.h5`. The reading happens in a process of its own (`python -m
+`read_keras_file` returns the file's layers in one form, whatever its format: `.h5` whole models and weights
+of Keras 2 and 3, `.keras` archives, `.weights.h5`. The reading happens in a process of its own (`python -m
 models.keras_file`), because damaged bytes can crash the HDF5 library.
 
 Formats: https://keras.io/guides/serialization_and_saving/, and keras/src/legacy/saving/legacy_h5_format.py
@@ -55,8 +55,8 @@ TRAINING_LAYERS = set(
     RandomHeight RandomWidth RandomErasing RandomHue RandomSaturation RandomSharpness
     """.split()
 )
-# Every class that a configuration may name: one that names another never reaches Keras. Those of the last three
-# lines are harmless, and refused by `convert.py`, which can say where and why.
+# Every class that a configuration may name: one that names another never reaches Keras. Those of the last
+# three lines are harmless, and refused by `convert.py`, which can say where and why.
 KERAS_CLASSES = TRAINING_LAYERS | set(
     """
     Functional Model Sequential InputLayer __keras_tensor__ DTypePolicy Policy SeedGenerator
@@ -524,7 +524,7 @@ def group_tensors(weights: h5py.Group, layer: str) -> dict[str, h5py.Dataset]:
 
 
 def long_attribute(group: h5py.Group, name: str) -> list[str]:
-    """Return a list of names; Keras splits one that is over HDF5's limit of 64 kB into `name0`, `name1`, ..."""
+    """Return a list of names; Keras splits one over HDF5's limit of 64 kB into `name0`, `name1`, ..."""
     parts = [name] if name in group.attrs else []
     while f"{name}{len(parts)}" in group.attrs and parts[:1] != [name]:
         parts.append(f"{name}{len(parts)}")

@@ -80,7 +80,7 @@ TRAINING_ONLY = ("_initializer", "_regularizer", "_constraint")
 
 
 def load_file(content: bytes, config: dict) -> object:
-    """Return a file's Keras model. Keras is given `config`, which our reader has checked, not the file's own."""
+    """Return a file's Keras model. Keras is given `config`, which our reader has checked, not the file's."""
     import keras
 
     with tempfile.TemporaryDirectory() as folder:

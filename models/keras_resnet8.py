@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from data.cifar10 import load_train
+from data.cifar10 import DataError, load_train
 
 # The recipe, after the usual CIFAR-10 one (He et al. 2015, section 4.2), with less regularization: 78,666
 # parameters underfit 50,000 images. Keras's weight decay is decoupled from the momentum, so 5e-4 here is
@@ -36,7 +36,7 @@ CROP_PADDING = 3  # pixels, reflected
 def resnet8(
     num_classes: int = 10, width: int = 16, input_shape: tuple[int, int, int] = (32, 32, 3)
 ) -> keras.Model:
-    """Return an untrained ResNet8: (N, H, W, C) float32 pixels, 0 to 255, in; (N, num_classes) softmax out."""
+    """Return an untrained ResNet8: (N, H, W, C) float32 pixels, 0 to 255, to (N, num_classes) softmax."""
 
     def conv(filters: int, kernel_size: int = 3, strides: int = 1) -> layers.Conv2D:
         return layers.Conv2D(filters, kernel_size, strides, padding="same", kernel_initializer="he_normal")
@@ -191,7 +191,10 @@ def main() -> None:
         "--download", action="store_true", help="download CIFAR-10 into DATA_DIR if it is not there"
     )
     arguments = parser.parse_args()
-    train(**vars(arguments))
+    try:
+        train(**vars(arguments))
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

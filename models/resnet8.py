@@ -22,9 +22,9 @@
     total                                 78,186 + 480              12,501,632
 
 Parameters are trainable + statistics (a BatchNorm's running mean and variance): 78,666 in all, as Keras
-counts. Every 3x3 convolution is padded as Keras pads ('same'), every convolution has a bias, the shortcuts of
-stages 2 and 3 are 1x1 convolutions without BatchNorm, and a ReLU follows every BatchNorm but a block's second,
-where it follows the addition.
+counts. Every 3x3 convolution is padded as Keras pads ('same'), every convolution has a bias, the shortcuts
+of stages 2 and 3 are 1x1 convolutions without BatchNorm, and a ReLU follows every BatchNorm but a block's
+second, where it follows the addition.
 
 Sources: the architecture is MLPerf Tiny's image classification reference (Banbury et al. 2021,
 arXiv:2106.07597; mlcommons/tiny, benchmark/training/image_classification/keras_model.py, `resnet_v1_eembc`),
@@ -32,6 +32,7 @@ after He et al. 2015 (arXiv:1512.03385). Module names are torchvision's (torchvi
 """
 
 import json
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -120,8 +121,8 @@ class ResNet8(nn.Module):
         """Return the network of a `convert.py` checkpoint, of the shape its tensors have, in eval mode.
 
         BatchNorm's epsilon and momentum come from the JSON file beside the checkpoint, or are the defaults
-        where there is none. No code in the file is run (`weights_only=True`). Raises OSError when a file cannot be
-        read, ValueError with one line when it is not a ResNet8's state_dict.
+        where there is none. No code in the file is run (`weights_only=True`). Raises OSError when a file
+        cannot be read, ValueError with one line when it is not a ResNet8's state_dict.
         """
         path = Path(path)
         state = load_state_dict(path, map_location)
@@ -137,7 +138,7 @@ class ResNet8(nn.Module):
             model.load_state_dict(state)
         except KeyError as error:
             raise ValueError(f"{path}: no tensor {error}: not a ResNet8's state_dict") from None
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
             raise ValueError(f"{path}: not a ResNet8's state_dict: {reasons}") from None
         return model.to(map_location).eval()
@@ -160,9 +161,48 @@ def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dic
         ) from None
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state_dict (tensors by name)")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = f"{name!r} is a {type(value).__name__}"
+            raise ValueError(f"{path}: {what}, expected a state_dict (tensors by name)")
     return state
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+_IS = {
+    "an object": lambda value: isinstance(value, dict),
+    "a string": lambda value: isinstance(value, str),
+    "a number from 0 to 1": lambda value: _is_number(value) and 0 <= value <= 1,
+    "a list of numbers": _is_numbers,
+    "a list of numbers, none of them 0": lambda value: _is_numbers(value) and all(value),
+    "[channels, height, width]": lambda value: isinstance(value, list) and len(value) == 3,
+}
+# What is read again of the JSON file that `convert.py` writes, an object before what is in it.
+_METADATA = {
+    "architecture": "an object",
+    "architecture.bn_eps": "a number from 0 to 1",
+    "architecture.bn_momentum": "a number from 0 to 1",
+    "source": "an object",
+    "source.file": "a string",
+    "source.sha256": "a string",
+    "source.input": "an object",
+    "source.input.mean": "a list of numbers",
+    "source.input.std": "a list of numbers, none of them 0",
+    "input": "an object",
+    "input.shape": "[channels, height, width]",
+    "input.mean": "a list of numbers",
+    "input.std": "a list of numbers, none of them 0",
+    "sha256": "a string",
+}
 
 
 def read_metadata(checkpoint: Path) -> dict:
@@ -179,4 +219,11 @@ def read_metadata(checkpoint: Path) -> dict:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: holds a JSON {type(metadata).__name__}, expected an object")
+    for name, expected in _METADATA.items():
+        *parents, key = name.split(".")
+        group = metadata
+        for parent in parents:
+            group = group.get(parent, {})
+        if key in group and not _IS[expected](group[key]):
+            raise ValueError(f"{path}: {name} is {json.dumps(group[key])[:60]}, expected {expected}")
     return metadata

@@ -10,6 +10,7 @@ from __future__ import annotations  # `--keras-python` may name an older Python
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -45,10 +46,15 @@ class Worker:
 
     def _start(self) -> None:
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        program = shutil.which(self.python)
+        if program is None:
+            raise WorkerError(f"cannot run {self.python}: there is no such program")
+        search = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
         try:
             self.process = subprocess.Popen(
-                [self.python, "-m", self.module],
+                [os.path.abspath(program), "-m", self.module],
                 cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,

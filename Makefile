@@ -1,0 +1,43 @@
+# make          set up .venv, convert the bundled Keras model, evaluate it: offline but for pip
+# make test     the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: all setup test lint train bench clean
+
+all: setup
+	$(BIN)/python convert.py
+	$(BIN)/python evaluate.py
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
+	$(BIN)/pip install --quiet -r tests/requirements.txt
+	touch $@
+
+test: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# DATA_DIR holds cifar-10-batches-bin/; `make train ARGS=--download` gets the data set. Two hours on 2 cores.
+DATA_DIR ?= data
+train: $(VENV)/.installed
+	$(BIN)/python -m models.keras_resnet8 --data-dir $(DATA_DIR) $(ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet -r tests/benchmarks/requirements.txt
+	$(BIN)/python -m tests.benchmarks.run $(ARGS)
+
+clean:
+	rm -rf $(VENV) results .pytest_cache .ruff_cache
+	rm -f checkpoints/*.pt checkpoints/*.json checkpoints/*.npz
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""Fast inference: the logits of many uint8 images, on one device or on all cores of a CPU."""
+
+import copy
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.resnet8 import ResNet8
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device named "cpu", "cuda" or "mps", or with "auto" the fastest there is.
+
+    Raises ValueError when this machine does not have it.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"--device {name}: this machine, or this PyTorch, has none")
+    return torch.device(name)
+
+
+def batches_for(device: torch.device) -> tuple[int, int]:
+    """Return the batch size and the number of workers that suit a device.
+
+    On a CPU one worker a core, with batches whose activations fit the core's caches; a GPU wants large batches,
+    and shares them among its own cores.
+    """
+    if device.type != "cpu":
+        return 1024, 1
+    return 32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fold_batch_norm(model: ResNet8) -> ResNet8:
+    """Return a copy, for inference only, whose convolutions do the work of the BatchNorms that follow them.
+
+    In eval mode a BatchNorm multiplies and adds constants for each channel; so do the weights and the bias of
+    the convolution before it. Only the rounding differs.
+    """
+    model = copy.deepcopy(model).eval()
+    for block in list(model.modules()):
+        for name, module in list(block.named_children()):
+            if isinstance(module, nn.BatchNorm2d):
+                conv = name.replace("bn", "conv")  # bn1 follows conv1, bn2 follows conv2
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), module))
+                setattr(block, name, nn.Identity())
+    return model
+
+
+def prepare(model: ResNet8, device: torch.device, dtype: torch.dtype, fold: bool = False) -> ResNet8:
+    """Return a copy of `model` for `predict`: on `device`, in `dtype`, channels-last, folded or not.
+
+    Raises ValueError when the device cannot compute in `dtype`.
+    """
+    if dtype == torch.float64 and device.type == "mps":
+        raise ValueError("--dtype float64: an mps device has none")
+    torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of a float32's mantissa: 1e-3, not 1e-6
+    model = fold_batch_norm(model) if fold else copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True  # saves a pass over the memory; nothing else reads a ReLU's input here
+    return model.to(device, dtype, memory_format=torch.channels_last)
+
+
+def predict(
+    model: ResNet8,
+    images: np.ndarray,
+    mean: list[float],
+    std: list[float],
+    batch_size: int,
+    workers: int,
+    track: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
+) -> np.ndarray:
+    """Return the (N, classes) float64 logits of (N, C, H, W) uint8 images, fed as (pixel - mean) / std.
+
+    `model` comes from `prepare`; `mean` and `std` have a value a channel, in pixel units. Each of `workers`
+    threads runs whole batches, on one core: PyTorch releases Python's lock in its operators, and no core waits
+    for another after every layer. `track(batches, total)` may wrap the iterator over the batches, to show
+    progress.
+    """
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32  # of the normalization
+    offset, scale = (torch.tensor(v, dtype=arithmetic, device=device).view(-1, 1, 1) for v in (mean, std))
+    pixels = torch.from_numpy(images)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()  # so that a copy can go on beside the arithmetic
+
+    def run(start: int) -> Tensor:
+        with torch.inference_mode():
+            batch = pixels[start : start + batch_size].to(device, non_blocking=True)
+            batch = batch.to(arithmetic, memory_format=torch.channels_last)
+            return model(batch.sub_(offset).div_(scale).to(dtype))
+
+    starts = range(0, len(pixels), batch_size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # inside an operator
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            logits = list(track(pool.map(run, starts), len(starts)))
+    finally:
+        torch.set_num_threads(threads)
+    return torch.cat(logits).cpu().double().numpy()
