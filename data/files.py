@@ -1,5 +1,6 @@
 """Writing files whole or not at all."""
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     If a writer raises, or the process dies in it, whatever was at the paths before is still there, untouched.
     Raises OSError when a folder cannot be written to.
     """
+    for path in writers:
+        if path.is_dir():  # renaming would fail, when the others may have been renamed
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
     try:
         for path, write in writers.items():

@@ -1,0 +1,118 @@
+"""Writes what Keras computes, in float64: the references of `test_resnet8.py` and `test_convert.py`.
+
+    python -m tests.keras_reference OUT_DIR
+
+OUT_DIR gets `NAME.h5` for each of MODELS, and `reference.npz`. Keras runs in this process alone: the tests
+call `write_references`, which starts it once.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# name -> (classes, width, input shape). The odd one goes from 21 x 30 over 11 x 15 to 6 x 8: 'same' padding
+# of odd and even sizes; it has as many channels as filters, so that no shape tells a kernel's axes apart.
+MODELS = {"resnet8": (10, 16, (32, 32, 3)), "odd": (7, 4, (21, 30, 4))}
+BATCH = 8
+
+SIZES, KERNELS, STRIDES = range(1, 41), range(1, 6), range(1, 4)
+
+
+@functools.cache
+def write_references(temporary: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """Write a folder in `temporary`, once a session; return it, and the arrays of `reference.npz`."""
+    folder = temporary / "keras_reference"
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.keras_reference", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with np.load(folder / "reference.npz") as arrays:
+        return folder, dict(arrays)
+
+
+def same_padding(keras, rng) -> dict:
+    """Return convolutions of images of every size, kernel and stride, padded 'same'."""
+    image = rng.normal(size=(1, 40, 40, 2))
+    found = {"same:image": image}
+    for kernel in KERNELS:
+        weights = [rng.normal(size=(kernel, kernel, 2, 3)), rng.normal(size=3)]
+        found[f"same:{kernel}:kernel"], found[f"same:{kernel}:bias"] = weights
+        for stride in STRIDES:
+            layer = keras.layers.Conv2D(3, kernel, stride, padding="same", dtype="float64")
+            layer.build(image.shape)
+            layer.set_weights(weights)
+            for size in SIZES:
+                output = layer(image[:, :size, : 41 - size])
+                found[f"same:{kernel}:{stride}:{size}"] = np.asarray(output)
+    return found
+
+
+def single_layers(keras, rng, randomize) -> dict:
+    """Return each kind of layer's weights, an input and its output."""
+    layers = {
+        "Conv2D": (keras.layers.Conv2D(5, (3, 2), dtype="float64"), (2, 9, 8, 4)),
+        "BatchNormalization": (keras.layers.BatchNormalization(dtype="float64"), (2, 3, 4, 6)),
+        "Dense": (keras.layers.Dense(5, dtype="float64"), (2, 7)),
+    }
+    found = {}
+    for name, (layer, shape) in layers.items():
+        found[f"{name}:input"] = rng.normal(size=shape)
+        layer.build(shape)
+        randomize(layer, rng)
+        found[f"{name}:output"] = np.asarray(layer(found[f"{name}:input"], training=False))
+        found |= {f"{name}:{variable.name}": np.asarray(variable) for variable in layer.weights}
+    return found
+
+
+def whole_model(name, keras, tf, rng, folder, randomize) -> dict:
+    """Write NAME.h5; return its outputs, loss, gradients and, after a step in train mode, statistics."""
+    from models.keras_process import with_dtype
+    from models.keras_resnet8 import resnet8
+
+    classes, width, shape = MODELS[name]
+    model = resnet8(classes, width, shape)
+    randomize(model, rng)
+    model.save(folder / f"{name}.h5")
+
+    twin = keras.models.model_from_json(json.dumps(with_dtype(json.loads(model.to_json()), "float64")))
+    images, labels = rng.normal(size=(BATCH, *shape)), rng.integers(0, classes, BATCH)
+    found = {f"{name}:images": images, f"{name}:labels": labels}
+    for mode in ("eval", "train"):
+        twin.set_weights(model.get_weights())
+        with tf.GradientTape() as tape:
+            probabilities = twin(images, training=mode == "train")
+            loss = -tf.reduce_mean(tf.math.log(tf.gather(probabilities, labels, axis=1, batch_dims=1)))
+        gradients = tape.gradient(loss, [variable.value for variable in twin.trainable_variables])
+        found[f"{name}:{mode}:probabilities"] = probabilities.numpy()
+        found[f"{name}:{mode}:loss"] = loss.numpy()
+        for variable, gradient in zip(twin.trainable_variables, gradients, strict=True):
+            found[f"{name}:{mode}:gradient:{variable.path}"] = gradient.numpy()
+        for variable in twin.non_trainable_variables:
+            found[f"{name}:{mode}:statistics:{variable.path}"] = np.asarray(variable)
+    return found
+
+
+def main() -> None:
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    import keras
+    import tensorflow as tf
+
+    from tests.keras_models import randomize
+
+    folder, rng = Path(sys.argv[1]), np.random.default_rng(0)
+    found = same_padding(keras, rng) | single_layers(keras, rng, randomize)
+    for name in MODELS:
+        found |= whole_model(name, keras, tf, rng, folder, randomize)
+    np.savez(folder / "reference.npz", **found)
+
+
+if __name__ == "__main__":
+    main()
