@@ -438,7 +438,7 @@ def verify_numbers(
             raise VerificationError(f"the first difference from Keras is in {where}: {size}")
         return difference
 
-    output, results = file.layers[-1].name, {}
+    output, results, compared = file.layers[-1].name, {}, set()
     for dtype in ("float64", "float32"):
         network = model.to(getattr(torch, dtype)).eval()
         results[dtype] = {"activations": 0.0, "probabilities": 0.0}
@@ -450,6 +450,7 @@ def verify_numbers(
             for point in GRAPH:  # in the graph's order: the first that differs is the one that is wrong
                 is_logits = point != "fc" or places["fc"].config.get("activation") != "softmax"
                 if is_logits and places[point].name in theirs:
+                    compared.add(point)
                     difference = compare(point, ours[point], theirs[places[point].name])
                     results[dtype]["activations"] = max(results[dtype]["activations"], difference)
             outputs = keras.activations(theirs_input, dtype, [output])[output]
@@ -459,7 +460,7 @@ def verify_numbers(
             difference = compare("probabilities", softmax(logits), probabilities)
             results[dtype]["probabilities"] = max(results[dtype]["probabilities"], difference)
     model.float()
-    return results
+    return {"layers": len(compared), **results}
 
 
 # --- 5. The command --------------------------------------------------------------------------------------
@@ -531,8 +532,11 @@ def convert_file(
             if loaded["rebuilt"]:
                 figures.append(f"Keras {loaded['keras']} got the graph from us: {loaded['rebuilt']}")
             results = verify_numbers(file, places, model, keras, keras_input, pytorch_input)
-            figures.append(f"against Keras {loaded['keras']}, on 1,000 real and 100 random images")
-            for dtype, found in results.items():
+            figures.append(
+                f"{results['layers']} layers against Keras {loaded['keras']}, on real and random images"
+            )
+            for dtype in ("float64", "float32"):
+                found = results[dtype]
                 bound = f"(at most {MAX_ACTIVATION_DIFFERENCE:.0e})" if dtype == "float64" else ""
                 figures.append(f"{dtype}  activations    {found['activations']:.1e}  {bound}")
                 bound = f"(at most {MAX_PROBABILITY_DIFFERENCE[dtype]:.0e})"
@@ -637,7 +641,7 @@ def print_rows(rows: list[Row]) -> None:
             else "as is"
         )
         table.add_row(f"{row.layer}/{row.variable}", shape, axes, row.key, str(row.shape))
-    Console(highlight=False, width=110).print(table)
+    Console(highlight=False, width=160).print(table)  # wide enough for the names, whatever the terminal
 
 
 def print_summary(outcomes: list[tuple[Path, dict | None, str]]) -> None:
@@ -677,21 +681,31 @@ def parse_arguments() -> argparse.Namespace:
 
     if arguments.std and not all(value > 0 for value in arguments.std):
         parser.error("--std must be above 0")
-    if not arguments.files:
-        arguments.files, default = [DEFAULT_INPUT], DEFAULT_OUTPUT
-        arguments.outputs = [arguments.output or default]
-    elif len(arguments.files) == 1 and not (arguments.output and arguments.output.is_dir()):
-        arguments.outputs = [arguments.output or arguments.files[0].with_suffix(".pt")]
-    else:
-        if arguments.output and arguments.output.suffix in (".pt", ".pth"):
+    if not 0 < arguments.bn_eps < 1:
+        parser.error("--bn-eps must be between 0 and 1")
+    arguments.files = arguments.files or [DEFAULT_INPUT]
+    arguments.outputs = [
+        DEFAULT_OUTPUT if path == DEFAULT_INPUT else path.with_suffix(".pt") for path in arguments.files
+    ]
+    if arguments.output and (len(arguments.files) > 1 or arguments.output.is_dir()):
+        if arguments.output.suffix in (".pt", ".pth") and not arguments.output.is_dir():
             parser.error(f"-o {arguments.output}: several files need a folder")
-        arguments.outputs = [
-            (arguments.output or path.parent) / path.with_suffix(".pt").name for path in arguments.files
-        ]
-        twice = {output for output in arguments.outputs if arguments.outputs.count(output) > 1}
-        if twice:
-            parser.error(f"two of the files would be written to {min(twice)}")
+        arguments.outputs = [arguments.output / output.name for output in arguments.outputs]
+    elif arguments.output:
+        arguments.outputs = [arguments.output]
+    twice = {output for output in arguments.outputs if arguments.outputs.count(output) > 1}
+    if twice:
+        parser.error(f"two of the files would be written to {min(twice)}")
+    sources = {path.resolve() for path in arguments.files}
+    for output in arguments.outputs:
+        if output.suffix == ".json":
+            parser.error(f"-o {output}: the .json beside the checkpoint would be written over it")
+        if sources & {output.resolve(), output.with_suffix(".json").resolve()}:
+            parser.error(f"{output} and its .json would be written over a Keras file: name another with -o")
     return arguments
+
+
+WITHOUT_KERAS = "; --no-verify converts without the comparison with Keras"
 
 
 def main() -> int:
@@ -716,14 +730,16 @@ def main() -> int:
                     outcomes.append((path, metadata, str(output)))
                 except (KerasFileError, VerificationError, WorkerError, DataError, OSError) as error:
                     message = str(error)
+                    if isinstance(error, OSError):
+                        message = f"cannot write {output} and its .json: {error.strerror}"
                     if isinstance(error, WorkerError):
                         print(error.log, file=sys.stderr, end="")
-                        message += "; --no-verify converts without the comparison with Keras"
+                        message += WITHOUT_KERAS
                     message = message if message.startswith(str(path)) else f"{path}: {message}"
                     print(f"error: {message}", file=sys.stderr)
                     outcomes.append((path, None, message.removeprefix(f"{path}: ")))
         except WorkerError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}{WITHOUT_KERAS}", file=sys.stderr)
             return 1
         finally:
             if keras:

@@ -14,7 +14,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as error:  # a Python without numpy has no Keras
+    sys.exit(f"{sys.executable} cannot import Keras ({error}): install tensorflow, or name another Python")
 
 from models.keras_file import KerasFile
 from models.worker import Worker, WorkerError, serve
@@ -174,6 +177,9 @@ class Server:
         for dtype in ("float32", "float64"):
             copy = keras.models.model_from_json(json.dumps(with_dtype(json.loads(model.to_json()), dtype)))
             copy.set_weights(weights)
+            for _, layer in leaves(copy):
+                if hasattr(layer, "finalize_state"):  # a Normalization computes with copies of its weights
+                    layer.finalize_state()
             self.models[dtype] = copy
 
         def count(variables: list) -> int:
