@@ -2,15 +2,16 @@
 
     python evaluate.py [CHECKPOINT]
 
-feeds every test image to the network, prints its accuracy beside Keras's, and writes metrics.txt and metrics.json.
-Keras runs once: its probabilities are kept beside the checkpoint, and later runs need no TensorFlow. With
-`--compare OTHER.pt` other checkpoints are evaluated alike: what did a change cost?
+feeds every test image to the network, prints its accuracy beside Keras's, and writes metrics.txt and
+metrics.json. Keras runs once: its probabilities are kept beside the checkpoint, and later runs need no
+TensorFlow. `--compare OTHER.pt` evaluates other checkpoints alike: what did a change cost?
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,9 +41,10 @@ if TYPE_CHECKING:
 
 DEFAULT_CHECKPOINT = Path("checkpoints/resnet8.pt")
 
-# BatchNorm may be folded into the convolutions, which is faster, as long as no probability is further than this
-# from Keras's.
+# BatchNorm may be folded into the convolutions, which is faster, as long as no probability is further than
+# this from Keras's.
 MAX_FOLDED_DIFFERENCE = 1e-5
+SIGNIFICANCE = 0.05  # below this, a difference is more than chance
 COLUMNS = 4  # models in one table: more do not fit 80 columns
 SHORTFALL = 3  # the exit status for --min-accuracy and --max-drop
 
@@ -59,18 +62,19 @@ class Predictions:
     labels: np.ndarray  # (N,) int64: the true classes
     throughput: dict | None = None  # None: Keras, whose speed is not measured here
 
-    @property
+    @cached_property
     def classes(self) -> np.ndarray:
         """The predicted classes, (N,) int64."""
         return self.log_probabilities.argmax(axis=1)
 
-    @property
+    @cached_property
     def probabilities(self) -> np.ndarray:
         """(N, classes) float64."""
         return np.exp(self.log_probabilities)
 
+    @cached_property
     def metrics(self) -> dict:
-        """Return accuracy (fractions of 1), loss (mean cross-entropy, in nats), and the confusion matrix.
+        """Accuracy (fractions of 1), loss (mean cross-entropy, in nats), and the confusion matrix.
 
         Row i, column j of the matrix counts the images of class i that were taken for class j.
         """
@@ -90,7 +94,7 @@ class Predictions:
 
 
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of an accuracy (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    """Return an accuracy's 95 % confidence interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
     z = 1.959963984540054  # the normal distribution's 97.5 % point
     accuracy = correct / images
     center = accuracy + z**2 / (2 * images)
@@ -102,8 +106,8 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
 def mcnemar_p(only_first: int, only_second: int) -> float:
     """Return how likely two equally good models differ this much on the same images: McNemar's exact test.
 
-    `only_first` images are right in the first model alone, `only_second` in the second alone; if the models are
-    equally good, each of these is a toss of a coin. Two-sided (McNemar 1947, doi:10.1007/BF02295996).
+    `only_first` images are right in the first model alone, `only_second` in the second alone; if the models
+    are equally good, each of these is a toss of a coin. Two-sided (McNemar 1947, doi:10.1007/BF02295996).
     """
     tosses, fewer = only_first + only_second, min(only_first, only_second)
     ways = total = 1  # ways to get 0 heads, 1 head, ... in so many tosses, as exact integers
@@ -116,7 +120,10 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
 def compare(first: Predictions, second: Predictions) -> dict:
     """Return how two models agree, image by image; differences are second minus first."""
     first_right, second_right = (model.classes == model.labels for model in (first, second))
-    only_first, only_second = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
+    only_first, only_second = (
+        int((first_right & ~second_right).sum()),
+        int((second_right & ~first_right).sum()),
+    )
     return {
         "models": [first.name, second.name],
         "same_prediction": int((first.classes == second.classes).sum()),
@@ -155,7 +162,9 @@ def load_checkpoint(path: Path, dataset: Dataset, notes: Notes) -> Checkpoint:
     channels, classes = model.conv1.in_channels, model.fc.out_features
     shape = [channels, *metadata.get("input", {}).get("shape", [None] * 3)[1:]]
     if any(size not in (None, needed) for size, needed in zip(shape, dataset.images.shape[1:], strict=True)):
-        raise ValueError(f"{path}: takes images of shape {shape}, CIFAR-10's are {[*dataset.images.shape[1:]]}")
+        raise ValueError(
+            f"{path}: takes images of shape {shape}, CIFAR-10's are {[*dataset.images.shape[1:]]}"
+        )
     if classes != len(CLASS_NAMES):
         raise ValueError(f"{path}: has {classes} classes, CIFAR-10 has {len(CLASS_NAMES)}")
 
@@ -169,7 +178,9 @@ def load_checkpoint(path: Path, dataset: Dataset, notes: Notes) -> Checkpoint:
             raise ValueError(f"{described_in}: input.{name} has {len(values)} values, expected {channels}")
     checkpoint = Checkpoint(path, model, sha256_of(path), mean, std, metadata)
     if "sha256" in metadata and not checkpoint.is_as_converted:
-        notes.add(f"{path} has changed since {described_in.name} was written (fine-tuned?): its SHA-256 differs")
+        notes.add(
+            f"{path} has changed since {described_in.name} was written (fine-tuned?): its SHA-256 differs"
+        )
     return checkpoint
 
 
@@ -178,7 +189,9 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def run(checkpoint: Checkpoint, name: str, dataset: Dataset, options: argparse.Namespace, fold: bool) -> Predictions:
+def run(
+    checkpoint: Checkpoint, name: str, dataset: Dataset, options: argparse.Namespace, fold: bool
+) -> Predictions:
     """Feed all images to the network, and measure how long that takes. Raises ValueError for NaN outputs."""
     import torch
 
@@ -216,7 +229,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes) -> Path | None:
-    """Return the Keras file to compare with: `keras_file`, else the checkpoint's source if that is still there."""
+    """Return the Keras file to compare with: `keras_file`, else the checkpoint's source if still there."""
     source = checkpoint.metadata.get("source", {})
     if keras_file:
         if source.get("sha256") != sha256_of(keras_file):
@@ -239,9 +252,9 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
 def keras_predictions(
     keras_file: Path, checkpoint: Checkpoint, dataset: Dataset, python: str, notes: Notes
 ) -> Predictions:
-    """Return what the Keras model makes of the images, from the file beside the checkpoint or from Keras itself.
+    """Return what the Keras model makes of the images: as kept beside the checkpoint, or from Keras itself.
 
-    The file holds Keras's probabilities and the key that they belong to: SHA-256 of the Keras file and of the
+    Kept are Keras's probabilities and the key that they belong to: SHA-256 of the Keras file and of the
     images, and what the Keras model is fed. Raises KerasFileError or WorkerError with one line.
     """
     # what the Keras model is fed differs from what ours is fed when the scaling is a layer of the Keras model
@@ -255,7 +268,9 @@ def keras_predictions(
         notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
         probabilities = ask_keras(keras_file, dataset.images, mean, std, python)
         if probabilities.shape != shape or not np.isfinite(probabilities).all():
-            raise ValueError(f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}")
+            raise ValueError(
+                f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}"
+            )
         try:
             content = {"key": np.array(key), "probabilities": probabilities}
             write_atomically(cache, lambda file: np.savez(file, **content))
@@ -267,7 +282,7 @@ def keras_predictions(
 
 
 def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> np.ndarray | None:
-    """Return the float32 probabilities kept in `cache`; None if they are damaged or belong to another `key`."""
+    """Return the float32 probabilities kept in `cache`; None if damaged or kept under another `key`."""
     if not cache.exists():
         return None
     try:
@@ -285,15 +300,24 @@ def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> n
 
 
 def ask_keras(keras_file: Path, images: np.ndarray, mean: list, std: list, python: str) -> np.ndarray:
-    """Return (N, classes) float32 probabilities of (N, C, H, W) uint8 images, from Keras in its own process."""
+    """Return Keras's (N, classes) float32 probabilities of (N, C, H, W) uint8 images."""
     from models.keras_file import read_keras_file, start_reader
     from models.keras_process import KerasProcess
 
     with start_reader() as reader, KerasProcess(python) as keras:
         file = read_keras_file(keras_file, reader)
+        first = file.layers[0].config
+        takes = tuple((first.get("batch_shape") or first["batch_input_shape"])[1:])
+        needed = (images.shape[2], images.shape[3], images.shape[1])
+        if any(n not in (None, m) for n, m in zip(takes, needed, strict=True)):
+            raise ValueError(f"{keras_file}: takes {takes} images, CIFAR-10's are {needed}")
         keras.load(file)
         outputs = keras.predict(images, mean, std)
-    return outputs if file.returns_probabilities else np.exp(log_softmax(outputs.astype(np.float64))).astype(np.float32)
+    return (
+        outputs
+        if file.returns_probabilities
+        else np.exp(log_softmax(outputs.astype(np.float64))).astype(np.float32)
+    )
 
 
 # --- 4. What is printed and written ----------------------------------------------------------------------
@@ -318,9 +342,10 @@ def progress_bar(description: str) -> object:
 
     def track(batches: Iterable, total: int) -> Iterable:
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import track
 
-        return track(batches, description, total, console=Console(stderr=True), transient=True)
+        return track(batches, escape(description), total, console=Console(stderr=True), transient=True)
 
     return track
 
@@ -332,7 +357,7 @@ def models_table(models: list[Predictions]) -> Table:
     def percent(fraction: float) -> str:
         return f"{100 * fraction:.2f} %"
 
-    metrics = [model.metrics() for model in models]
+    metrics = [model.metrics for model in models]
     table = Table("", box=None, padding=(0, 2, 0, 0), show_edge=False)
     for model in models:
         table.add_column(model.name, justify="right", overflow="fold", max_width=13)
@@ -378,7 +403,7 @@ def confusion_text(model: Predictions) -> str:
     """Return the confusion matrix, one row a true class, 73 columns wide."""
     lines = [f"Confusion matrix of {model.name} (row: true class, column: predicted class)", ""]
     lines.append(" " * 12 + "".join(f"{name[:5]:>6}" for name in CLASS_NAMES))
-    for name, row in zip(CLASS_NAMES, model.metrics()["confusion_matrix"], strict=True):
+    for name, row in zip(CLASS_NAMES, model.metrics["confusion_matrix"], strict=True):
         lines.append(f"{name:12}" + "".join(f"{count:6,}" for count in row))
     return "\n".join(lines)
 
@@ -389,10 +414,73 @@ def as_text(tables: list[Table]) -> str:
 
     texts = []
     for table in tables:
-        console = Console(file=io.StringIO(), width=80, no_color=True, force_terminal=False)
+        console = Console(
+            file=io.StringIO(), width=80, color_system=None, markup=False, emoji=False, highlight=False
+        )
         console.print(table)
         texts.append("\n".join(line.rstrip() for line in console.file.getvalue().splitlines()))
     return "\n\n".join(texts)
+
+
+def write_results(
+    options: argparse.Namespace,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    keras: Predictions | None,
+    ours: Predictions,
+    others: list[Predictions],
+    notes: Notes,
+) -> None:
+    """Print the tables; write metrics.txt, metrics.json and with `--report` report.png."""
+    models = [*([keras] if keras else []), ours, *others]
+    pairs = [compare(first, second) for first, second in itertools.combinations(models, 2)]
+    title = f"ResNet8 on the {dataset.name}, {len(dataset.labels):,} images"
+    tables = [models_table(models[i : i + COLUMNS]) for i in range(0, len(models), COLUMNS)]
+    tables += [pairs_table(pairs)] if pairs else []
+    summary = f"{title}\n\n{as_text(tables)}\n"
+    print(f"\n{summary}")
+
+    def results(model: Predictions) -> dict:
+        return {"checkpoint": str(model.path), **model.metrics, "throughput": model.throughput}
+
+    agreement = compare(keras, ours) if keras else None
+    metrics = {
+        "checkpoint": str(checkpoint.path),
+        "checkpoint_sha256": checkpoint.sha256,
+        "dataset": {"name": dataset.name, "images": len(dataset.labels), "sha256": dataset.sha256},
+        "input": {"mean": checkpoint.mean, "std": checkpoint.std},
+        "pytorch": ours.metrics,
+        "keras": keras and {"file": str(keras.path), **keras.metrics},
+        "agreement": agreement,
+        "throughput": ours.throughput,
+        "compared": [results(model) for model in others],
+        "pairs": pairs,
+        "notes": notes.lines,
+        "environment": environment(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    lines = [
+        summary,
+        *(confusion_text(model) + "\n" for model in models),
+        *(f"note: {n}" for n in notes.lines),
+    ]
+    contents = {
+        "metrics.txt": "\n".join(lines).rstrip() + "\n",
+        "metrics.json": json.dumps(metrics, indent=2, allow_nan=False) + "\n",
+    }
+    writers = {
+        options.output / name: lambda file, text=text: file.write(text.encode())
+        for name, text in contents.items()
+    }
+    if options.report:
+        from models.report import draw_report
+
+        reference = keras or next(iter(others), None)
+        writers[options.output / "report.png"] = lambda file: draw_report(
+            file, title, dataset, ours, reference
+        )
+    write_files(writers)
+    print(f"wrote {', '.join(map(str, writers))}")
 
 
 def environment() -> dict:
@@ -417,7 +505,9 @@ def evaluate(options: argparse.Namespace) -> int:
     dataset = load_test(options.data_dir, options.data, options.download)
     if dataset.notice:
         notes.add(dataset.notice)
-    checkpoint, *others = (load_checkpoint(path, dataset, notes) for path in [options.checkpoint, *options.compare])
+    checkpoint, *others = (
+        load_checkpoint(path, dataset, notes) for path in [options.checkpoint, *options.compare]
+    )
     names = short_names([options.checkpoint, *options.compare])
 
     keras_file = None if options.no_keras else find_baseline(checkpoint, options.keras, notes)
@@ -427,24 +517,135 @@ def evaluate(options: argparse.Namespace) -> int:
     if keras_file:
         keras = keras_predictions(keras_file, checkpoint, dataset, options.keras_python, notes)
 
-    # Folding BatchNorm changes the rounding, so it takes a reference to hold it to. Checkpoints that are compared
-    # are all run alike: not folded.
+    # Folding BatchNorm changes the rounding, so it takes a reference to hold it to. Checkpoints that are
+    # compared are all run alike: not folded.
     fold = bool(keras) and checkpoint.is_as_converted and not others and options.dtype == "float32"
     ours = run(checkpoint, names[0], dataset, options, fold)
     if fold and compare(keras, ours)["max_abs_probability_difference"] > MAX_FOLDED_DIFFERENCE:
-        notes.add(f"folded, a probability was over {MAX_FOLDED_DIFFERENCE:g} from Keras's: evaluated again, unfolded")
+        notes.add(
+            f"folded, a probability was {MAX_FOLDED_DIFFERENCE:g} or more from Keras's: unfolded instead"
+        )
         ours = run(checkpoint, names[0], dataset, options, fold=False)
-    compared = [run(other, name, dataset, options, fold=False) for other, name in zip(others, names[1:], strict=True)]
+    compared = [
+        run(other, name, dataset, options, fold=False) for other, name in zip(others, names[1:], strict=True)
+    ]
 
-    models = [*([keras] if keras else []), ours, *compared]
-    pairs = [compare(first, second) for first, second in itertools.combinations(models, 2)]
-    for model in models:
-        if model.metrics()["accuracy"] < 2 / len(CLASS_NAMES):
-            notes.add(near_chance_hint(model, checkpoint))
-    print_and_write(options, dataset, checkpoint, models, pairs, notes)
+    for model, fed in zip([ours, *compared], [checkpoint, *others], strict=True):
+        if model.metrics["accuracy"] < 2 / len(CLASS_NAMES):
+            notes.add(near_chance(model, fed))
+    write_results(options, dataset, checkpoint, keras, ours, compared, notes)
 
-    reference = models[0]
-    shortfalls = []
-    for model in [ours, *compared]:
-        accuracy = model.metrics()["accuracy"]
-    return 0
+    reference, shortfalls = keras or ours, []
+    for model in (ours, *compared):
+        accuracy = model.metrics["accuracy"]
+        drop = (reference.metrics["correct"] - model.metrics["correct"]) / len(dataset.labels)
+        if options.min_accuracy is not None and accuracy < options.min_accuracy:
+            shortfalls.append(
+                f"{model.name}: accuracy {accuracy:.4f}, --min-accuracy {options.min_accuracy:g}"
+            )
+        if options.max_drop is not None and drop > options.max_drop:
+            shortfalls.append(
+                f"{model.name}: accuracy {drop:.4f} below {reference.name}, --max-drop {options.max_drop:g}"
+            )
+    for shortfall in shortfalls:
+        print(f"shortfall: {shortfall}", file=sys.stderr)
+    return SHORTFALL if shortfalls else 0
+
+
+def near_chance(model: Predictions, checkpoint: Checkpoint) -> str:
+    """Return what is most likely wrong with a model that is hardly better than guessing, and the remedy."""
+    return (
+        f"{model.name} is near chance: most likely the input scaling is wrong. It is fed (pixel - mean) / "
+        f"std, pixels 0 to 255, mean {checkpoint.mean}, std {checkpoint.std}. If it wants other inputs, "
+        "convert it for them; for 0 to 1: python convert.py KERAS_FILE --mean 0 --std 255"
+    )
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """Return the files' names; the whole paths of those whose names are not unique."""
+    return [str(path) if [p.name for p in paths].count(path.name) > 1 else path.name for path in paths]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line; exits with status 2 when it makes no sense."""
+
+    def count(text: str) -> int:
+        value = int(text)
+        if value < 1:
+            raise ValueError
+        return value
+
+    def fraction(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a fraction from 0 to 1 (0.87 is 87 %)")
+        return value
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        default=DEFAULT_CHECKPOINT,
+        help=f"a .pt file ({DEFAULT_CHECKPOINT})",
+    )
+    add("--compare", metavar="OTHER.pt", type=Path, nargs="+", default=[], help="evaluate these beside it")
+    add("--data-dir", metavar="DIR", type=Path, default=Path("data"), help="where CIFAR-10 is (data)")
+    add("--data", choices=("auto", "full", "sample"), default="auto", help="the test set, or 1,000 of it")
+    add("--download", action="store_true", help="download the test set into --data-dir if it is not there")
+    add("--keras", metavar="KERAS_FILE", type=Path, help="the baseline (the file that CHECKPOINT came from)")
+    add("--no-keras", action="store_true", help="no baseline")
+    add(
+        "--keras-python",
+        metavar="PYTHON",
+        default=sys.executable,
+        help="the Python that has Keras (this one)",
+    )
+    add("--batch-size", metavar="N", type=count, help="images at a time (CPU: 32, else 1024)")
+    add("--workers", metavar="N", type=count, help="threads that run a batch each (CPU: one a core, else 1)")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(float32)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest)")
+    add(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("results"),
+        help="for metrics.txt and .json (results)",
+    )
+    add("--report", action="store_true", help="draw report.png too")
+    add("--min-accuracy", metavar="A", type=fraction, help="exit with status 3 below this fraction")
+    add(
+        "--max-drop",
+        metavar="D",
+        type=fraction,
+        help="exit with status 3 further below Keras (none: CHECKPOINT)",
+    )
+    options = parser.parse_args()
+    if options.keras and options.no_keras:
+        parser.error("--keras and --no-keras exclude each other")
+    if options.max_drop is not None and options.no_keras and not options.compare:
+        parser.error("--max-drop needs a Keras baseline or a --compare to measure a drop by")
+    return options
+
+
+def main() -> int:
+    """Evaluate; return the exit status."""
+    options = parse_arguments()
+    try:
+        return evaluate(options)
+    except WorkerError as error:
+        print(error.log, file=sys.stderr, end="")
+        message = f"{error}; --no-keras evaluates without the baseline"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if error.filename == str(DEFAULT_CHECKPOINT):
+            message += "; python convert.py makes it"
+    except (DataError, ValueError) as error:
+        message = str(error)
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,8 +29,8 @@ def choose_device(name: str = "auto") -> torch.device:
 def batches_for(device: torch.device) -> tuple[int, int]:
     """Return the batch size and the number of workers that suit a device.
 
-    On a CPU one worker a core, with batches whose activations fit the core's caches; a GPU wants large batches,
-    and shares them among its own cores.
+    On a CPU one worker a core, with batches whose activations fit the core's caches; a GPU wants large
+    batches, and shares them among its own cores.
     """
     if device.type != "cpu":
         return 1024, 1
@@ -38,12 +38,12 @@ def batches_for(device: torch.device) -> tuple[int, int]:
 
 
 def fold_batch_norm(model: ResNet8) -> ResNet8:
-    """Return a copy, for inference only, whose convolutions do the work of the BatchNorms that follow them.
+    """Return a float64 copy, for inference, whose convolutions do the work of the BatchNorms that follow.
 
     In eval mode a BatchNorm multiplies and adds constants for each channel; so do the weights and the bias of
     the convolution before it. Only the rounding differs.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).double().eval()  # so that the new weights are rounded once
     for block in list(model.modules()):
         for name, module in list(block.named_children()):
             if isinstance(module, nn.BatchNorm2d):
@@ -65,7 +65,7 @@ def prepare(model: ResNet8, device: torch.device, dtype: torch.dtype, fold: bool
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = True  # saves a pass over the memory; nothing else reads a ReLU's input here
-    return model.to(device, dtype, memory_format=torch.channels_last)
+    return model.to(dtype).to(device, memory_format=torch.channels_last)
 
 
 def predict(
@@ -80,9 +80,9 @@ def predict(
     """Return the (N, classes) float64 logits of (N, C, H, W) uint8 images, fed as (pixel - mean) / std.
 
     `model` comes from `prepare`; `mean` and `std` have a value a channel, in pixel units. Each of `workers`
-    threads runs whole batches, on one core: PyTorch releases Python's lock in its operators, and no core waits
-    for another after every layer. `track(batches, total)` may wrap the iterator over the batches, to show
-    progress.
+    threads runs whole batches, on one core: PyTorch releases Python's lock in its operators, and no core
+    waits for another after every layer. `track(batches, total)` may wrap the iterator over the batches, to
+    show progress.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype

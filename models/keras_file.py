@@ -29,13 +29,12 @@ from models.worker import Worker, WorkerError, serve
 if TYPE_CHECKING:
     import h5py
 
-# What is read at most. A ResNet8 of width 256 has 20 million parameters, in tensors of up to 9.4 million.
+# What is read at most. A ResNet8 of width 256 has 20 million parameters: 80 MB, and its optimizer's state.
 MAX_FILE_BYTES = 256 * 2**20
-MAX_TENSOR_ELEMENTS = 2**24
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_CONFIG_DEPTH = 64
 MAX_OBJECTS = 10_000
-MAX_SECONDS = 60
+MAX_SECONDS = 15  # damage can make the HDF5 library loop for ever
 
 # A layer's arrays, in the order in which Keras saves them.
 VARIABLES = {
@@ -79,6 +78,10 @@ KERAS_MODULE = re.compile(
 
 class KerasFileError(ValueError):
     """The file cannot be converted. The message is one line: what is wrong, where, what was expected."""
+
+    def __init__(self, message: str) -> None:
+        # names in the file may be of any length, and hold control codes for the terminal
+        super().__init__("".join(c if c.isprintable() else "?" for c in message[:1000]))
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def read_keras_file(path: Path, reader: Worker, bn_eps: float = 1e-3) -> KerasFi
             {"bn_eps": bn_eps}, {"content": np.frombuffer(content, np.uint8)}, timeout=MAX_SECONDS
         )
     except WorkerError as error:
-        reason = f"damaged: reading it crashed the HDF5 library ({error})" if error.status else error
+        reason = f"damaged: the HDF5 library fails on it ({error})" if error.status else error
         raise KerasFileError(f"{path}: {reason}") from None
     layers = tuple(
         Layer(
@@ -213,12 +216,13 @@ def open_hdf5(content: bytes) -> tuple[h5py.File, dict | None, str | None, str]:
     import h5py
 
     file = h5py.File(io.BytesIO(content), "r")
-    check_objects(file)
-    version = text(file.attrs["keras_version"]) if "keras_version" in file.attrs else None
+    check_objects(file, len(content))
+    version = string_attribute(file, "keras_version") if "keras_version" in file.attrs else None
     if "model_config" in file.attrs:
         if "model_weights" not in file:
             raise KerasFileError("has a model_config but no group model_weights")
-        return file, parse_json(text(file.attrs["model_config"]), "model_config"), version, ".h5 whole model"
+        config = parse_json(string_attribute(file, "model_config"), "model_config")
+        return file, config, version, ".h5 whole model"
     if "layer_names" in file.attrs or "layer_names0" in file.attrs:
         return file, None, version, ".h5 weights"
     if "layers" in file or "_layer_checkpoint_dependencies" in file:
@@ -240,6 +244,8 @@ def open_archive(content: bytes) -> tuple[h5py.File, dict, str | None, str]:
     for info in archive.infolist():
         if info.filename in members:
             raise KerasFileError(f"the archive holds {info.filename} twice")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            raise KerasFileError(f"{info.filename} is encrypted, or compressed otherwise than by deflate")
         if info.file_size > limits.get(info.filename, MAX_FILE_BYTES) or info.file_size > 100 * len(content):
             raise KerasFileError(f"{info.filename} would unpack to {info.file_size:,} bytes: no ResNet8")
         members[info.filename] = info
@@ -250,28 +256,43 @@ def open_archive(content: bytes) -> tuple[h5py.File, dict, str | None, str]:
     config = parse_json(archive.read("config.json").decode(), "config.json")
     import h5py
 
-    file = h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r")
-    check_objects(file)
+    weights = archive.read("model.weights.h5")
+    file = h5py.File(io.BytesIO(weights), "r")
+    check_objects(file, len(weights))
     return file, config, text(version) if version else None, ".keras archive"
 
 
 def parse_json(source: str, name: str) -> dict:
-    """Return a JSON object; refuses one that is too large or nested too deep before it is parsed."""
+    """Return a JSON object; refuses one that is too large or nested too deep."""
     if len(source) > MAX_CONFIG_BYTES:
         raise KerasFileError(f"{name} is {len(source):,} bytes long, no ResNet8's")
-    depth = deepest = 0
-    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|([\[{]|[\]}])', source):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket, 0)
-        deepest = max(deepest, depth)
-    if deepest > MAX_CONFIG_DEPTH:
-        raise KerasFileError(f"{name} is nested {deepest} levels deep, no ResNet8's")
     try:
         value = json.loads(source)
+    except RecursionError:
+        raise KerasFileError(f"{name} is nested hundreds of levels deep, no ResNet8's") from None
     except ValueError as error:
         raise KerasFileError(f"{name} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise KerasFileError(f"{name} is a JSON {type(value).__name__}, expected an object")
+    level, depth = [value], 0
+    while level:
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        depth += 1
+    if depth > MAX_CONFIG_DEPTH:
+        raise KerasFileError(f"{name} is nested {depth} levels deep, no ResNet8's")
     return value
+
+
+def string_attribute(group: h5py.Group, name: str) -> str:
+    """Return an attribute that is one string."""
+    if group.attrs.get_id(name).shape != ():
+        raise KerasFileError(f"the attribute {name} is an array, expected one string")
+    return text(group.attrs[name])
 
 
 def text(value: object) -> str:
@@ -282,11 +303,11 @@ def text(value: object) -> str:
     return value
 
 
-def check_objects(file: h5py.File) -> None:
-    """Refuse links that leave the file, data kept elsewhere, and tensors larger than a ResNet8 can have."""
+def check_objects(file: h5py.File, size: int) -> None:
+    """Refuse links, data kept elsewhere, and more data than a file of `size` bytes can hold."""
     import h5py
 
-    groups, seen = [file], 0
+    groups, seen, declared = [file], {h5py.h5o.get_info(file.id).addr}, 0
     while groups:
         group = groups.pop()
         for name in group:
@@ -294,23 +315,24 @@ def check_objects(file: h5py.File) -> None:
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 raise KerasFileError(f"{where} is a soft or external link; a Keras file has none")
             member = group[name]
-            seen += 1
-            if seen > MAX_OBJECTS:  # this also ends a walk around a cycle of hard links
+            address = h5py.h5o.get_info(member.id).addr
+            if address in seen:  # perhaps a cycle
+                raise KerasFileError(f"{where} is the same HDF5 object as another; a Keras file shares none")
+            seen.add(address)
+            if len(seen) > MAX_OBJECTS:
                 raise KerasFileError(f"holds more than {MAX_OBJECTS:,} HDF5 objects, no ResNet8")
             if isinstance(member, h5py.Group):
                 groups.append(member)
             elif isinstance(member, h5py.Dataset):
                 if member.is_virtual or member.external:
                     raise KerasFileError(f"{where} keeps its data in another file; a Keras file does not")
-                shape = (
-                    member.chunks
-                    if member.chunks and math.prod(member.chunks) > member.size
-                    else member.shape
-                )
-                if shape is None or math.prod(shape) > MAX_TENSOR_ELEMENTS or member.dtype.itemsize > 1024:
-                    raise KerasFileError(
-                        f"{where} is declared as {member.dtype} {shape}: no ResNet8 has such a tensor"
-                    )
+                if member.id.get_create_plist().get_nfilters():  # such data may unpack to any size
+                    raise KerasFileError(f"{where} is compressed; Keras writes none such (h5repack -f NONE)")
+                chunk = math.prod(member.chunks or ()) * member.dtype.itemsize
+                declared += max(math.prod(member.shape or ()) * member.dtype.itemsize, chunk)
+                if declared > size:
+                    tensor = f"{member.dtype} {member.shape or ''}".strip()
+                    raise KerasFileError(f"{where} is declared as {tensor}: more than the file can hold")
             else:
                 raise KerasFileError(f"{where} is a {type(member).__name__}; a Keras file has none")
 
@@ -392,10 +414,8 @@ def flatten(model: dict, prefix: str, source: str | None, flat: dict[str, Layer]
     for entry in entries:
         layer_config = entry["config"]
         name, class_name = text(entry.get("name") or layer_config["name"]), text(entry["class_name"])
-        if name in names or ":" in name:
-            raise KerasFileError(
-                f"layer '{name}' stands in the configuration twice, or has a colon in its name"
-            )
+        if name in names or ":" in name or not name.isprintable():
+            raise KerasFileError(f"layer '{name}' is there twice, or its name has a colon or control codes")
         inputs = [previous] if sequential and class_name != "InputLayer" else node_inputs(entry, name)
         if class_name == "InputLayer" and source is not None:
             names[name] = source
@@ -531,9 +551,7 @@ def long_attribute(group: h5py.Group, name: str) -> list[str]:
     for part in parts:
         attribute = group.attrs.get_id(part)
         if math.prod(attribute.shape) > MAX_OBJECTS:
-            raise KerasFileError(
-                f"{group.name}: the attribute {part} is declared with {attribute.shape} names"
-            )
+            raise KerasFileError(f"{group.name}: {part} is declared with {attribute.shape} names")
     return [text(value) for part in parts for value in np.atleast_1d(group.attrs[part]).tolist()]
 
 
@@ -571,7 +589,8 @@ def read_array(dataset: h5py.Dataset) -> np.ndarray:
     """Return a float tensor as it is stored."""
     import h5py
 
-    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8:
+    is_tensor = isinstance(dataset, h5py.Dataset) and dataset.shape is not None
+    if not is_tensor or dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8:
         raise KerasFileError(f"{dataset.name} is not a tensor of floating-point numbers")
     return np.asarray(dataset[()]).astype(dataset.dtype.newbyteorder("="))
 
@@ -593,17 +612,14 @@ def saved_groups(file: h5py.File) -> list[tuple[str, dict[str, np.ndarray] | lis
         return list(groups.items())
 
     found: list[tuple[str, list[np.ndarray]]] = []
-
-    def running_number(name: str) -> tuple[str, int]:
-        stem, _, number = name.rpartition("_")
-        return (stem, int(number)) if number.isdecimal() else (name, 0)
+    others = ("vars", "optimizer", "metrics", "seed_generator")
 
     def visit(group: h5py.Group, path: str) -> None:
         for name in sorted(group, key=running_number):
             member = group[name]
             if name == "vars" and len(member):
                 found.append((path, [read_array(member[key]) for key in sorted(member, key=running_number)]))
-            elif isinstance(member, h5py.Group) and name not in ("vars", "optimizer", "seed_generator"):
+            elif isinstance(member, h5py.Group) and name not in others:
                 visit(member, f"{path}/{name}" if path else name)
 
     visit(file, "")
@@ -613,12 +629,20 @@ def saved_groups(file: h5py.File) -> list[tuple[str, dict[str, np.ndarray] | lis
     ]
 
 
+def running_number(name: str) -> tuple[str, int]:
+    """Return `conv2d_3` as ("conv2d", 3), and `conv2d` as ("conv2d", 0)."""
+    stem, _, number = name.rpartition("_")
+    return (stem, int(number)) if number.isdecimal() else (name, 0)
+
+
 def match_weights(groups: list, bn_eps: float) -> tuple[list[Layer], str]:
     """Give tensors without a graph their places in a ResNet8, by their shapes and their saved order."""
     convolutions: list[tuple[str, dict[str, np.ndarray]]] = []
     norms: list[tuple[str, dict[str, np.ndarray]]] = []
     dense: list[tuple[str, dict[str, np.ndarray]]] = []
     for name, arrays in groups:
+        if not name.isprintable():
+            raise KerasFileError(f"layer '{name}' has control codes in its name")
         tensors = list(arrays.values()) if isinstance(arrays, dict) else arrays
         ranks = [array.ndim for array in tensors]
         if ranks[:1] in ([4], [2]) and ranks[1:] in ([], [1]):
@@ -640,17 +664,24 @@ def match_weights(groups: list, bn_eps: float) -> tuple[list[Layer], str]:
             raise KerasFileError(f"'{name}' has tensors of shapes {shapes}: no layer of a ResNet8")
     if (len(convolutions), len(norms), len(dense)) != (9, 7, 1):
         raise KerasFileError(
-            f"holds {len(convolutions)} convolutions, {len(norms)} BatchNormalizations and {len(dense)} dense "
-            "layers; a ResNet8 has 9, 7 and 1"
+            f"holds {len(convolutions)} convolutions, {len(norms)} BatchNormalizations and "
+            f"{len(dense)} dense layers; a ResNet8 has 9, 7 and 1"
         )
     _, _, channels, width = convolutions[0][1]["kernel"].shape
     classes = dense[0][1]["kernel"].shape[1]
+    has_order = all(isinstance(arrays, dict) for _, arrays in groups)  # else only running numbers tell it
 
     def take(candidates: list, shape: tuple[int, ...]) -> tuple[str, dict[str, np.ndarray]]:
-        for candidate in candidates:
-            if next(iter(candidate[1].values())).shape == shape:
-                candidates.remove(candidate)
-                return candidate
+        fitting = [
+            (name, arrays) for name, arrays in candidates if next(iter(arrays.values())).shape == shape
+        ]
+        stems = {running_number(name)[0] for name, _ in fitting}
+        if len(stems) > 1 and not has_order:
+            names = ", ".join(f"'{name}'" for name, _ in fitting)
+            raise KerasFileError(f"{names} have shape {shape}, and weights alone do not say which is first")
+        if fitting:
+            candidates.remove(fitting[0])
+            return fitting[0]
         raise KerasFileError(
             f"no tensor of shape {shape} is left in the file, as a ResNet8 of width {width} needs"
         )
@@ -694,20 +725,38 @@ def match_weights(groups: list, bn_eps: float) -> tuple[list[Layer], str]:
     add("Dense", {"units": classes, "activation": "softmax", "use_bias": "bias" in saved[1]}, (x,), saved)
     assumed = (
         "weights alone, placed by shape and saved order; assumed: BatchNormalization epsilon "
-        f"{bn_eps:g} (--bn-eps) and momentum 0.99, 'same' padding, strides 1, 2, 2, ReLU, softmax, 32 x 32 inputs"
+        f"{bn_eps:g} (--bn-eps) and momentum 0.99, 'same' padding, strides 1, 2, 2, ReLU, softmax, "
+        "32 x 32 inputs"
     )
     return layers, assumed
 
 
 def answer(request: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
     """Answer one request of `read_keras_file`."""
+    content = arrays["content"].tobytes()
+    limit_memory(2**29 + 8 * len(content))
     try:
-        return read_content(arrays["content"].tobytes(), request["bn_eps"])
+        return read_content(content, request["bn_eps"])
     except KerasFileError:
         raise
-    except Exception as error:  # whatever damaged bytes lead h5py, zipfile and us to
-        reason = " ".join(str(error).split())[:200]
-        raise KerasFileError(f"damaged: {type(error).__name__}: {reason}") from None
+    except MemoryError:
+        raise KerasFileError("reading it takes more memory than a file of its size should") from None
+    except Exception as error:  # whatever damaged bytes or an odd configuration lead h5py, zipfile and us to
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise KerasFileError(f"damaged, or not as Keras writes it ({words})") from None
+
+
+def limit_memory(more: int) -> None:
+    """Let this process take `more` bytes than it has now, where the system can limit that (Linux)."""
+    try:
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft = used + more if hard == resource.RLIM_INFINITY else min(used + more, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def main() -> None:
@@ -716,7 +765,6 @@ def main() -> None:
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except ImportError:  # Windows
         pass

@@ -128,20 +128,24 @@ class ResNet8(nn.Module):
         state = load_state_dict(path, map_location)
         arguments = read_metadata(path).get("architecture", {})
         try:
-            model = cls(
-                num_classes=state["fc.weight"].shape[0],
-                width=state["conv1.weight"].shape[0],
-                in_channels=state["conv1.weight"].shape[1],
-                bn_eps=arguments.get("bn_eps", 1e-3),
-                bn_momentum=arguments.get("bn_momentum", 0.01),
-            )
-            model.load_state_dict(state)
+            with torch.device("meta"):  # shapes without memory: a file can claim any width
+                model = cls(
+                    num_classes=state["fc.weight"].shape[0],
+                    width=state["conv1.weight"].shape[0],
+                    in_channels=state["conv1.weight"].shape[1],
+                    bn_eps=arguments.get("bn_eps", 1e-3),
+                    bn_momentum=arguments.get("bn_momentum", 0.01),
+                )
+            model.load_state_dict(state, assign=True)
         except KeyError as error:
             raise ValueError(f"{path}: no tensor {error}: not a ResNet8's state_dict") from None
         except (RuntimeError, IndexError, ValueError) as error:
             reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
             raise ValueError(f"{path}: not a ResNet8's state_dict: {reasons}") from None
-        return model.to(map_location).eval()
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(f"{path}: {name} is {parameter.dtype}, expected a floating-point tensor")
+        return model.to(map_location, torch.float32).eval()
 
 
 def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -167,6 +171,9 @@ def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dic
         if not isinstance(name, str) or not isinstance(value, Tensor):
             what = f"{name!r} is a {type(value).__name__}"
             raise ValueError(f"{path}: {what}, expected a state_dict (tensors by name)")
+        dense = value.layout == torch.strided and not value.is_quantized
+        if not dense or value.untyped_storage().nbytes() < value.nbytes:  # as an expanded tensor's is
+            raise ValueError(f"{path}: {name} has not the {value.numel():,} values that its shape says")
     return state
 
 

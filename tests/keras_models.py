@@ -88,20 +88,20 @@ def resnet8(
 
 @dataclass(frozen=True)
 class Variant:
-    """A network, the dtype policy it is written with, and whether its weights alone can be converted too."""
+    """A network, the dtype policy it is written with, and which files of its weights alone can be converted too."""
 
     build: Callable[[ModuleType], object]
     policy: str = "float32"
-    weights_alone: bool = True
+    weights_alone: tuple[str, ...] = (".weights.h5", ".legacy.h5")
     writers: tuple[str, ...] = WRITERS
     bn_eps: float = 1e-3  # for the weights alone, which do not say it
     pixels: bool = False  # takes images from 0 to 255
 
 
-def variant(policy: str = "float32", weights_alone: bool = True, writers: tuple = WRITERS, **options: object) -> Variant:
+def variant(policy: str = "float32", writers: tuple = WRITERS, **options: object) -> Variant:
     """Return the Variant that is `resnet8` with `options`."""
-    more = {key: options.pop(key) for key in ("bn_eps", "pixels") if key in options}
-    return Variant(lambda K: resnet8(K, **options), policy, weights_alone, writers, **more)
+    more = {key: options.pop(key) for key in ("weights_alone", "bn_eps", "pixels") if key in options}
+    return Variant(lambda K: resnet8(K, **options), policy, writers=writers, **more)
 
 
 def misleading(place: str) -> str:
@@ -197,8 +197,8 @@ VARIANTS = {
     "any_input": variant(shape=(None, None, 3)),
     "no_conv_bias": variant(conv={"use_bias": False}),
     "no_dense_bias": variant(change={"fc": lambda L, x: L.Dense(CLASSES, "softmax", use_bias=False)(x)}),
-    "no_scale": variant(norm={"scale": False}, weights_alone=False),
-    "no_center": variant(norm={"center": False}, weights_alone=False),
+    "no_scale": variant(norm={"scale": False}, weights_alone=(".legacy.h5",)),
+    "no_center": variant(norm={"center": False}, weights_alone=(".legacy.h5",)),
     "no_scale_no_center": variant(norm={"scale": False, "center": False}),
     "epsilon_momentum": variant(norm={"epsilon": 1e-5, "momentum": 0.9}, bn_eps=1e-5),
     "relu_activation": variant(change=each(RELUS, lambda L, x: L.Activation("relu")(x))),
@@ -210,28 +210,34 @@ VARIANTS = {
     "logits": variant(change=dense_then(None)),
     "noisy": Variant(noisy),
     "rescaling": variant(
-        change={"input": lambda L, x: L.Rescaling(1 / 255)(x)}, weights_alone=False, pixels=True
+        change={"input": lambda L, x: L.Rescaling(1 / 255)(x)}, weights_alone=(), pixels=True
     ),
     "rescaling_offset": variant(
-        change={"input": lambda L, x: L.Rescaling(1 / 127.5, offset=-1)(x)}, weights_alone=False, pixels=True
+        change={"input": lambda L, x: L.Rescaling(1 / 127.5, offset=-1)(x)}, weights_alone=(), pixels=True
     ),
-    "normalization": variant(
-        change={"input": lambda L, x: L.Normalization(mean=[125.3, 123.0, 113.9], variance=[3969.0, 3856, 4452])(x)},
-        weights_alone=False,
+    "normalization": variant(  # numbers that float32 holds exactly: tf_keras does not round them to it
+        change={"input": lambda L, x: L.Normalization(mean=[125.5, 123, 113.75], variance=[3969.0, 3856, 4452])(x)},
+        weights_alone=(),
         pixels=True,
     ),
-    "normalization_adapted": variant(change={"input": adapted}, weights_alone=False, pixels=True),
+    "normalization_rounded": variant(
+        change={"input": lambda L, x: L.Normalization(mean=[125.3, 123.0, 113.9], variance=[3969.1, 3856, 4452])(x)},
+        weights_alone=(),
+        writers=("keras",),
+        pixels=True,
+    ),
+    "normalization_adapted": variant(change={"input": adapted}, weights_alone=(), pixels=True),
     "rescaling_normalization": variant(
         change={
-            "input": lambda L, x: L.Normalization(mean=[0.49, 0.48, 0.45], variance=[0.06, 0.059, 0.068])(
+            "input": lambda L, x: L.Normalization(mean=[0.5, 0.46875, 0.4375], variance=[0.0625, 0.03125, 0.125])(
                 L.Rescaling(1 / 255)(x)
             )
         },
-        weights_alone=False,
+        weights_alone=(),
         pixels=True,
     ),
-    "nested": Variant(nested, weights_alone=False, pixels=True),
-    "nested_stages": variant(nest_stages=True),
+    "nested": Variant(nested, weights_alone=(), pixels=True),
+    "nested_stages": variant(nest_stages=True, weights_alone=(".legacy.h5",)),
     "nested_deep": Variant(nested_deep),
     "compiled": Variant(compiled),
     "valid_where_equal": variant(
@@ -295,7 +301,7 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "average": (variant(change=each("layer2.add", named("Average"))), "odd Average Add"),
     "no_skip": (variant(change=each("layer1.add", lambda L, x: x[0])), "Add"),
     "add_itself": (variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([x[0], x[0]]))), "odd"),
-    "add_three": (variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([*x, x[1]]))), "odd 3 2"),
+    "add_three": (variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([*x, x[1]]))), "odd Add layer1.add"),
     "shortcut_relu": (
         variant(change=each("layer2.downsample", behind(conv_with(**SHORTCUT | {"name": "cut"}), named("ReLU")))),
         "odd ReLU",
@@ -320,7 +326,7 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "kernel_5": (variant(change=each("layer1.conv1", conv_with(kernel_size=5))), "odd kernel 5 3"),
     "shortcut_3x3": (
         variant(change=each("layer2.downsample", conv_with(**SHORTCUT | {"kernel_size": 3}))),
-        "odd kernel 3 1",
+        "odd Conv2D layer2.conv1",
     ),
     "max_pooling": (
         variant(change=each("avgpool", lambda L, x: L.GlobalMaxPooling2D(name="odd")(x))),
@@ -332,7 +338,7 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     ),
     "partial_pooling": (variant(change=pooled_by(2, name="odd")), "odd pool 2 4"),
     "pooling_same": (variant(change=pooled_by(5, padding="same", name="odd")), "odd 5"),
-    "flatten": (variant(change=each("avgpool", named("Flatten"))), "odd Flatten"),
+    "flatten": (variant(change=each("avgpool", named("Flatten"))), "Dense GlobalAveragePooling2D"),
     "sigmoid": (variant(change=each("fc", named("Dense", CLASSES, "sigmoid"))), "odd sigmoid softmax"),
     "dense_relu": (variant(change=each("fc", named("Dense", CLASSES, "relu"))), "odd relu softmax"),
     "sigmoid_layer": (variant(change=dense_then(lambda L: L.Activation("sigmoid", name="odd"))), "odd sigmoid"),
@@ -353,7 +359,7 @@ REFUSED: dict[str, tuple[Variant, str]] = {
             change=each("layer2.conv1", lambda L, x: L.ZeroPadding2D(1, name="odd")(x))
             | {"layer2.conv1": lambda L, x: L.Conv2D(2 * WIDTH, 3, 2, name="odd")(L.ZeroPadding2D(1, name="pad")(x))},
         ),
-        "pad ZeroPadding2D",
+        "Conv2D layer2.conv1",
     ),
     "stride_first": (variant(change=each("conv1", conv_with(strides=2))), "odd strides 2 1"),
     "other_strides": (variant(strides=(1, 2, 1), widths=(1, 2, 2)), ""),

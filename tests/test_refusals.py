@@ -32,6 +32,13 @@ def test_refuses_weights_alone_that_are_not_unique(keras_files, refusal, name):
     assert "gamma or beta" in refusal(keras_files / "keras" / f"{name}.weights.h5")
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_refuses_weights_alone_of_nested_models(keras_files, refusal, writer):
+    """Running numbers order the layers of one model, but not those of a model and of another inside it."""
+    message = refusal(keras_files / writer / "nested_stages.weights.h5")
+    assert re.search(r"'batch_normalization', 'functional/batch_normalization'.*do not say which is first", message)
+
+
 def test_refuses_channels_first(keras_files, refusal, tmp_path):
     """Keras on a CPU cannot build it, but a file can say it; nothing else about the file would change."""
     path = tmp_path / "model.h5"

@@ -1,0 +1,103 @@
+"""The figure of an evaluation: where a model errs, and where it differs from another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, BinaryIO
+
+import matplotlib
+import numpy as np
+
+from data.cifar10 import CLASS_NAMES, Dataset
+
+matplotlib.use("Agg")  # draws into a file, on a machine without a screen too
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from evaluate import Predictions
+
+# Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color/).
+BLUE, ORANGE = "#0072B2", "#E69F00"
+MISTAKES = 10  # images in the strip
+SMALLEST = 1e-10  # the least difference in a probability on the log axis
+
+
+def draw_report(
+    file: BinaryIO, title: str, dataset: Dataset, model: Predictions, reference: Predictions | None
+) -> None:
+    """Write a PNG: confusion matrix, accuracy per class, differences to `reference`, most confident mistakes.
+
+    It is 1,000 points of 1/100 inch wide: at 1,000 pixels no text is smaller than 8 points.
+    """
+    with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}):
+        figure = plt.figure(figsize=(10, 8.4), layout="constrained")
+        figure.suptitle(f"{title}: {model.name} {100 * model.metrics['accuracy']:.2f} %", fontsize=12)
+        above, below = figure.subfigures(2, 1, height_ratios=(6.6, 1.75))
+        panels = above.subplot_mosaic(
+            [["confusion", "classes"], ["confusion", "differences"]], width_ratios=(6, 4)
+        )
+        draw_confusion(panels["confusion"], model)
+        draw_classes(panels["classes"], [model, *([reference] if reference else [])])
+        draw_differences(panels["differences"], model, reference)
+        draw_mistakes(below, dataset, model)
+        figure.savefig(file, format="png", dpi=150)
+        plt.close(figure)
+
+
+def draw_confusion(axes: plt.Axes, model: Predictions) -> None:
+    """Draw the confusion matrix with its counts. Colours follow their roots, so that mistakes can be seen."""
+    counts = np.array(model.metrics["confusion_matrix"])
+    axes.imshow(np.sqrt(counts), cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+        dark = np.sqrt(count) > 0.55 * np.sqrt(counts.max())
+        color = "white" if dark else "black"
+        axes.text(column, row, f"{count:,}" if count else "", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(CLASS_NAMES)), CLASS_NAMES, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
+    axes.set(title="Confusion matrix (images)", xlabel="predicted class", ylabel="true class")
+
+
+def draw_classes(axes: plt.Axes, models: list[Predictions]) -> None:
+    """Draw each class's accuracy, the models side by side."""
+    height = 0.8 / len(models)
+    for index, (model, color) in enumerate(zip(models, (BLUE, ORANGE), strict=False)):
+        percents = 100 * np.array(list(model.metrics["per_class_accuracy"].values()))
+        places = np.arange(len(CLASS_NAMES)) + (index - (len(models) - 1) / 2) * height
+        axes.barh(places, percents, height, color=color, label=model.name)
+    axes.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
+    axes.invert_yaxis()
+    axes.set(title="Accuracy per class (%)", xlim=(0, 100))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, fontsize=8, frameon=False)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def draw_differences(axes: plt.Axes, model: Predictions, reference: Predictions | None) -> None:
+    """Draw how far each image's probabilities are from the reference's, on a log axis."""
+    if reference is None:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no Keras baseline to compare with", ha="center", va="center")
+        return
+    differences = np.abs(model.probabilities - reference.probabilities).max(axis=1)
+    bins = np.logspace(np.log10(SMALLEST), max(0.5 + np.log10(differences.max(initial=SMALLEST)), -5), 50)
+    axes.hist(differences.clip(SMALLEST), bins, color=BLUE)
+    axes.set_xscale("log")
+    axes.set(
+        title=f"Probabilities: difference to {reference.name}",
+        xlabel=f"an image's largest (the first bar: {SMALLEST:g} and less)",
+        ylabel="images",
+    )
+
+
+def draw_mistakes(figure: plt.Figure, dataset: Dataset, model: Predictions) -> None:
+    """Draw the images that were taken for a wrong class with the highest probability."""
+    wrong = np.flatnonzero(model.classes != dataset.labels)
+    confidence = model.probabilities.max(axis=1)
+    chosen = wrong[np.argsort(-confidence[wrong], kind="stable")[:MISTAKES]]
+    figure.suptitle(
+        "Most confident mistakes (predicted class, its probability, true class)", fontsize=10, weight="bold"
+    )
+    for axes, image in zip(figure.subplots(1, MISTAKES).flat, [*chosen, *[None] * MISTAKES], strict=False):
+        axes.set_axis_off()
+        if image is not None:
+            axes.imshow(dataset.images[image].transpose(1, 2, 0))
+            predicted, true = CLASS_NAMES[model.classes[image]], CLASS_NAMES[dataset.labels[image]]
+            axes.set_title(f"{predicted}\n{confidence[image]:.4f}\ntrue: {true}", fontsize=8, weight="normal")

@@ -1,0 +1,359 @@
+"""Damages Keras files in every way and sees to it that each is converted, or refused in one line.
+
+    python -m tests.fuzz [--files DIR] [--count N] [--seed S] [--keep DIR]
+
+DIR is what `tests.keras_models` has written (it is called if there is none). Bytes are damaged (bits flipped anywhere
+or where HDF5 keeps its structure, cuts, blocks zeroed, overwritten or swapped; in an archive also inside a member whose
+checksum is then right), and valid files get wrong content (tensors missing, added, renamed, reshaped, retyped, swapped;
+attributes and JSON edited). Prints what came of them; exits 1 if anything else than those two outcomes did.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from convert import convert_file
+from models.keras_file import KerasFileError, start_reader
+from models.resnet8 import ResNet8
+from models.worker import Worker
+from tests.keras_models import WRITERS
+
+SOURCES = [
+    *("keras/plain.h5", "keras/plain.keras", "keras/plain.weights.h5", "keras/nested_deep.h5", "keras/compiled.keras"),
+    *("tf_keras/plain.h5", "tf_keras/plain.keras", "tf_keras/plain.weights.h5", "tf_keras/plain.legacy.h5"),
+    *("tf_keras/nested_stages.keras", "tf_keras/normalization_adapted.h5", "tf_keras/compiled.h5"),
+]
+SLOW = 30  # seconds; no file comes near it unless something hangs
+
+# --- Damaged bytes ---------------------------------------------------------------------------------------
+
+
+def flip(data: bytearray, rng: random.Random, places: list[int]) -> None:
+    for _ in range(rng.choice([1, 1, 2, 4, 16, 64])):
+        data[rng.choice(places)] ^= 1 << rng.randrange(8)
+
+
+def flip_anywhere(data: bytearray, rng: random.Random) -> None:
+    flip(data, rng, range(len(data)))
+
+
+def flip_ends(data: bytearray, rng: random.Random) -> None:
+    """The superblock and the first headers; an archive's directory is at its end."""
+    size = min(rng.choice([64, 256, 2048]), len(data))
+    flip(data, rng, range(size) if rng.random() < 0.7 else range(len(data) - size, len(data)))
+
+
+def structure(data: bytearray) -> list[int]:
+    """Return where HDF5 keeps B-trees, symbol tables, heaps and the headers that their addresses lead to."""
+    marks = [mark.start() for mark in re.finditer(rb"TREE|SNOD|HEAP|GCOL|OHDR|FRHP|BTHD|\x01\x00[\x01-\x20]\x00", data)]
+    return [place for mark in marks for place in range(mark, min(mark + 96, len(data)))] or list(range(len(data)))
+
+
+def flip_structure(data: bytearray, rng: random.Random) -> None:
+    flip(data, rng, structure(data))
+
+
+def set_structure(data: bytearray, rng: random.Random) -> None:
+    """Overwrite a number: a size, a count, an offset."""
+    for _ in range(rng.choice([1, 1, 3])):
+        at, size = rng.choice(structure(data)), rng.choice([1, 2, 4, 8])
+        value = rng.choice([0, 1, -1, 2 ** (8 * size - 1), 2 ** (8 * size - 1) - 1, rng.randrange(2 ** (8 * size))])
+        data[at : at + size] = (value % 2 ** (8 * size)).to_bytes(size, "little")
+
+
+def cut(data: bytearray, rng: random.Random) -> None:
+    if rng.random() < 0.7:
+        del data[rng.randrange(len(data)) :]
+    else:
+        at = rng.randrange(len(data))
+        del data[at : at + rng.choice([1, 8, 512, 4096])]
+
+
+def block(data: bytearray, rng: random.Random) -> tuple[int, int]:
+    size = min(rng.choice([4, 16, 64, 512, 4096]), len(data) // 2)
+    return rng.randrange(len(data) - size + 1), size
+
+
+def overwrite_block(data: bytearray, rng: random.Random) -> None:
+    at, size = block(data, rng)
+    data[at : at + size] = rng.choice([bytes(size), b"\xff" * size, rng.randbytes(size)])
+
+
+def swap_blocks(data: bytearray, rng: random.Random) -> None:
+    (first, size), other = block(data, rng), rng.randrange(len(data) // 2)
+    a, b = bytes(data[first : first + size]), bytes(data[other : other + size])
+    data[first : first + size], data[other : other + len(b)] = b.ljust(size, b"\0"), a[: len(b)]
+
+
+BYTES = [flip_anywhere, flip_ends, flip_structure, set_structure, cut, overwrite_block, swap_blocks]
+
+# --- Wrong content ---------------------------------------------------------------------------------------
+
+
+def objects(file: h5py.File, kind: type) -> list:
+    found = [file] if kind is h5py.Group else []
+    file.visititems(lambda _, member: found.append(member) if isinstance(member, kind) else None)
+    return found
+
+
+def tensors(file: h5py.File, rng: random.Random, count: int = 1) -> list:
+    weights = [data for data in objects(file, h5py.Dataset) if "optimizer" not in data.name]
+    return rng.sample(weights, count)
+
+
+def remove_tensor(file: h5py.File, rng: random.Random) -> None:
+    del file[rng.choice([tensors(file, rng)[0].name, rng.choice(objects(file, h5py.Group)[1:]).name])]
+
+
+def add_tensor(file: h5py.File, rng: random.Random) -> None:
+    group = rng.choice(objects(file, h5py.Group))
+    group[rng.choice(["0", "1", "2", "4", "gamma", "kernel:0", "extra", "vars", "layers"]) + rng.choice(["", "x"])] = np.ones(4)
+
+
+def rename(file: h5py.File, rng: random.Random) -> None:
+    member = rng.choice(objects(file, rng.choice([h5py.Group, h5py.Dataset]))[1:])
+    file.move(member.name, f"{member.parent.name}/{rng.choice(['kernel', 'beta:0', '7', 'x', '.', 'vars', 'dense'])}_")
+
+
+def reshape_tensor(file: h5py.File, rng: random.Random) -> None:
+    data = tensors(file, rng)[0]
+    name, array = data.name, data[()]
+    shapes = [(-1,), (1, -1), (*array.shape, 1), array.shape[::-1], (*array.shape[:-1], array.shape[-1] + 1) if array.ndim else (2,), (), (0,)]
+    shape = rng.choice(shapes)
+    del file[name]
+    file[name] = np.resize(array, shape) if -1 not in shape else array.reshape(shape)
+
+
+def retype_tensor(file: h5py.File, rng: random.Random) -> None:
+    data = tensors(file, rng)[0]
+    name, array = data.name, data[()]
+    del file[name]
+    types = ["f2", ">f4", "f8", "i1", "u8", "c8", "?", "S4", "V3", h5py.string_dtype(), np.dtype([("a", "f4")])]
+    with contextlib.suppress(TypeError, ValueError):  # not every array can be every type
+        file[name] = array.astype(rng.choice(types))
+
+
+def wrong_values(file: h5py.File, rng: random.Random) -> None:
+    data = tensors(file, rng)[0]
+    array = data[()]
+    if array.size and array.dtype.kind == "f":
+        array.flat[rng.randrange(array.size)] = rng.choice([np.nan, np.inf, -np.inf, -1, 3e38, -0.0])
+        data[...] = array
+
+
+def swap_tensors(file: h5py.File, rng: random.Random) -> None:
+    first, second = (data.name for data in tensors(file, rng, 2))
+    file.move(first, "/swapped")
+    file.move(second, first)
+    file.move("/swapped", second)
+
+
+def edit_attribute(file: h5py.File, rng: random.Random) -> None:
+    groups = [group for group in objects(file, h5py.Group) if len(group.attrs)]
+    if groups:
+        attributes = rng.choice(groups).attrs
+        name = rng.choice(sorted(attributes))
+        value = attributes[name]
+        if isinstance(value, np.ndarray) and len(value) and rng.random() < 0.6:
+            items = value.tolist()
+            items[rng.randrange(len(items))] = rng.choice([rng.choice(items), b"", b"/", b"..", b"\xff", b"x" * 500])
+            attributes[name] = items if rng.random() < 0.7 else items[1:]
+        elif rng.random() < 0.3:
+            del attributes[name]
+        else:
+            attributes[name] = rng.choice([1, 1.5, [1, 2], "x", "", b"\xff\xfe", "{}", "[]", '{"class_name": "x"}', "é" * 9])
+
+
+HDF5 = [remove_tensor, add_tensor, rename, reshape_tensor, retype_tensor, wrong_values, swap_tensors, edit_attribute]
+ODD = [None, True, False, 0, 1, -1, 2.5, 1e400, 10**30, "", "x", "relu", "Lambda", "é\0", [], [1, 1], [[[]]], {}, {"a": 1}]
+ODD += [{"class_name": "Zeros", "config": {}}, {"class_name": "Lambda", "config": {}}, ["a", 0, 0, {}]]
+
+
+def edit_json(source: str, rng: random.Random) -> str:
+    """Replace, remove, repeat or move a few values somewhere in a JSON document."""
+    document = json.loads(source)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        containers, pending = [], [document]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, (dict, list)):
+                if value:
+                    containers.append(value)
+                pending += value.values() if isinstance(value, dict) else value
+        if not containers:
+            break
+        container = rng.choice(containers)
+        key = rng.choice(list(container) if isinstance(container, dict) else range(len(container)))
+        action = rng.random()
+        if action < 0.5:
+            container[key] = copy.deepcopy(rng.choice(ODD))
+        elif action < 0.7:
+            del container[key]
+        elif action < 0.85 and isinstance(container, list):
+            container.append(copy.deepcopy(container[key]))
+        else:
+            other = rng.choice(containers)
+            container[key] = copy.deepcopy(other[rng.choice(list(other))] if isinstance(other, dict) else other)
+    return json.dumps(document)
+
+
+def damage_hdf5(content: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Return the kind of damage, and a damaged `.h5` file."""
+    kind = rng.choice(BYTES * 2 + HDF5 + [edit_json] * 4)
+    if kind in BYTES:
+        data = bytearray(content)
+        kind(data, rng)
+        return kind.__name__, bytes(data)
+    buffer = io.BytesIO(content)
+    with h5py.File(buffer, "r+") as file:
+        if kind is not edit_json:
+            for _ in range(rng.choice([1, 1, 1, 3])):
+                with contextlib.suppress(KeyError, ValueError, OSError, IndexError, TypeError):  # done before, or no such place
+                    kind(file, rng)
+        elif "model_config" in file.attrs:
+            file.attrs["model_config"] = edit_json(file.attrs["model_config"], rng)
+        else:
+            return damage_hdf5(content, rng)
+    return kind.__name__, buffer.getvalue()
+
+
+def damage(content: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Return the kind of damage, and a damaged copy of a `.h5` file or archive."""
+    if not content.startswith(b"PK"):
+        return damage_hdf5(content, rng)
+    if rng.random() < 0.3:
+        kind, data = rng.choice(BYTES), bytearray(content)
+        kind(data, rng)
+        return kind.__name__, bytes(data)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = rng.choice(["model.weights.h5", "model.weights.h5", "config.json", "config.json", "metadata.json", "member"])
+    if name == "model.weights.h5":
+        kind, members[name] = damage_hdf5(members[name], rng)
+    elif name == "member":
+        kind = "member"
+        moved = members.pop(rng.choice(list(members)))
+        if rng.random() < 0.5:
+            members[rng.choice(["config.json", "x", "/etc/x", "../x"])] = moved
+    elif rng.random() < 0.7:
+        kind, members[name] = "edit_json", edit_json(members[name].decode(), rng).encode()
+    else:
+        chosen, data = rng.choice(BYTES), bytearray(members[name])
+        chosen(data, rng)
+        kind, members[name] = f"{chosen.__name__} in JSON", bytes(data)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return kind, buffer.getvalue()
+
+
+# --- What comes of them ----------------------------------------------------------------------------------
+
+
+def outcome(path: Path, folder: Path, reader: Worker) -> str:
+    """Convert a file into `folder`; return "converted", or the message with which it was refused.
+
+    Raises AssertionError when the result is no whole one, or the message no single line; anything else that
+    it raises is not what `convert_file` promises.
+    """
+    output = folder / "model.pt"
+    started = time.monotonic()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert_file(path, output, reader)
+    except KerasFileError as error:
+        result = str(error)
+        assert len(result.splitlines()) == 1 and len(result) < 2000, f"not one line: {result!r}"
+        assert not list(folder.iterdir()), f"left {list(folder.iterdir())}"
+    else:
+        result = "converted"
+        assert {file.name for file in folder.iterdir()} == {"model.pt", "model.json"}
+        state = ResNet8.from_checkpoint(output).state_dict()
+        assert all(torch.isfinite(tensor).all() for tensor in state.values()), "not finite"
+        for file in folder.iterdir():
+            file.unlink()
+    seconds = time.monotonic() - started
+    assert seconds < SLOW, f"took {seconds:.0f} s"
+    return result
+
+
+def run(files: Path, count: int, seed: int, keep: Path | None = None) -> tuple[Counter, list[str]]:
+    """Convert `count` damaged files; return how often each (kind, outcome) came up, and what went wrong.
+
+    Outcomes are "converted", "refused", and "crashed the reader", which is a refusal too.
+    """
+    contents = {name: (files / name).read_bytes() for name in SOURCES}
+    counts, failures = Counter(), []
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, start_reader() as reader:
+        path, outputs = Path(folder) / "model.h5", Path(folder) / "outputs"
+        outputs.mkdir()
+        for number in range(count):
+            rng = random.Random(f"{seed} {number}")
+            name = SOURCES[number % len(SOURCES)]
+            kind, content = damage(contents[name], rng)
+            path.write_bytes(content)
+            try:
+                result = outcome(path, outputs, reader)
+            except Exception as error:
+                failures.append(f"{seed} {number} {name} {kind}: {type(error).__name__}: {error}")
+                result = "failed"
+                for file in outputs.iterdir():
+                    file.unlink()
+            message = result.removeprefix(f"{path}: ")
+            if keep and (result == "failed" or "HDF5 library" in message):
+                (keep / f"{seed}-{number}").write_bytes(content)
+            if keep:
+                message = repr(message)[1:-1]
+                with (keep / "messages.txt").open("a") as log:
+                    log.write(f"{seed}-{number}\t{name}\t{kind}\t{message}\n")
+            short = result if result in ("converted", "failed") else "refused"
+            counts[kind, "crashed the reader" if "HDF5 library fails" in result else short] += 1
+    return counts, failures
+
+
+def main() -> int:
+    """Run it and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=Path, help="a folder that tests.keras_models has written")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="keep odd files here, and all messages")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        files = arguments.files or Path(folder)
+        if not arguments.files:
+            for writer in WRITERS:
+                subprocess.run([sys.executable, "-m", "tests.keras_models", files / writer, writer], check=True)
+        started = time.monotonic()
+        counts, failures = run(files, arguments.count, arguments.seed, arguments.keep)
+    outcomes = ("converted", "refused", "crashed the reader", "failed")
+    print(f"{'damage':28}" + "".join(f"{name:>20}" for name in outcomes))
+    for kind in sorted({kind for kind, _ in counts}):
+        print(f"{kind:28}" + "".join(f"{counts[kind, name]:20,}" for name in outcomes))
+    totals = [sum(number for (_, name), number in counts.items() if name == wanted) for wanted in outcomes]
+    print(f"{'total':28}" + "".join(f"{number:20,}" for number in totals))
+    print(f"{arguments.count:,} files, seed {arguments.seed}, {time.monotonic() - started:.0f} s")
+    print(*failures, sep="\n")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
