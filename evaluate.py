@@ -155,7 +155,8 @@ class Checkpoint:
 
 def load_checkpoint(path: Path, dataset: Dataset, notes: Notes) -> Checkpoint:
     """Load a checkpoint that fits the data. Raises OSError, or ValueError with one line."""
-    from models.resnet8 import ResNet8, read_metadata
+    from models.checkpoint import read_metadata
+    from models.resnet8 import ResNet8
 
     model = ResNet8.from_checkpoint(path)
     metadata = read_metadata(path)
@@ -266,7 +267,8 @@ def keras_predictions(
     probabilities = read_cache(cache, key, shape, notes)
     if probabilities is None:
         notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
-        probabilities = ask_keras(keras_file, dataset.images, mean, std, python)
+        bn_eps = checkpoint.model.bn1.eps  # weights alone do not say it
+        probabilities = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python)
         if probabilities.shape != shape or not np.isfinite(probabilities).all():
             raise ValueError(
                 f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}"
@@ -299,13 +301,15 @@ def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> n
         return None
 
 
-def ask_keras(keras_file: Path, images: np.ndarray, mean: list, std: list, python: str) -> np.ndarray:
+def ask_keras(
+    keras_file: Path, bn_eps: float, images: np.ndarray, mean: list, std: list, python: str
+) -> np.ndarray:
     """Return Keras's (N, classes) float32 probabilities of (N, C, H, W) uint8 images."""
     from models.keras_file import read_keras_file, start_reader
     from models.keras_process import KerasProcess
 
     with start_reader() as reader, KerasProcess(python) as keras:
-        file = read_keras_file(keras_file, reader)
+        file = read_keras_file(keras_file, reader, bn_eps)
         first = file.layers[0].config
         takes = tuple((first.get("batch_shape") or first["batch_input_shape"])[1:])
         needed = (images.shape[2], images.shape[3], images.shape[1])
@@ -360,7 +364,7 @@ def models_table(models: list[Predictions]) -> Table:
     metrics = [model.metrics for model in models]
     table = Table("", box=None, padding=(0, 2, 0, 0), show_edge=False)
     for model in models:
-        table.add_column(model.name, justify="right", overflow="fold", max_width=13)
+        table.add_column(model.name, justify="right", overflow="fold", max_width=52 // len(models))
     table.add_row("accuracy", *(percent(m["accuracy"]) for m in metrics), style="bold")
     intervals = [[100 * bound for bound in m["confidence_interval_95"]] for m in metrics]
     table.add_row("95 % interval", *(f"{low:.2f}-{high:.2f}" for low, high in intervals))
@@ -619,7 +623,7 @@ def parse_arguments() -> argparse.Namespace:
         "--max-drop",
         metavar="D",
         type=fraction,
-        help="exit with status 3 further below Keras (none: CHECKPOINT)",
+        help="exit with status 3 if further below Keras, or CHECKPOINT",
     )
     options = parser.parse_args()
     if options.keras and options.no_keras:

@@ -182,7 +182,7 @@ def read_content(content: bytes, bn_eps: float) -> tuple[dict, dict[str, np.ndar
         layers, assumed = match_weights(saved_groups(file), bn_eps)
     else:
         check_classes(config)
-        groups = file["model_weights"] if "model_weights" in file else file
+        groups = file.get("model_weights", file)
         layers, assumed = list(graph_layers(config, groups)), None
     arrays = {}
     for layer in layers:

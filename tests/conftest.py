@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def keras_files(tmp_path_factory):
     """Return the folder with `keras/` and `tf_keras/`, each as `tests.keras_models` writes it."""
-    if (DEV := __import__("os").environ.get("DEV")): return Path(DEV)  # XXX
     folder = tmp_path_factory.mktemp("keras_files")
     command = [sys.executable, "-W", "ignore", "-m", "tests.keras_models"]
     processes = [

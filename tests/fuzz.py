@@ -2,10 +2,11 @@
 
     python -m tests.fuzz [--files DIR] [--count N] [--seed S] [--keep DIR]
 
-DIR is what `tests.keras_models` has written (it is called if there is none). Bytes are damaged (bits flipped anywhere
-or where HDF5 keeps its structure, cuts, blocks zeroed, overwritten or swapped; in an archive also inside a member whose
-checksum is then right), and valid files get wrong content (tensors missing, added, renamed, reshaped, retyped, swapped;
-attributes and JSON edited). Prints what came of them; exits 1 if anything else than those two outcomes did.
+The first DIR is what `tests.keras_models` has written (it is called if there is none). Bytes are damaged:
+bits flipped anywhere or where HDF5 keeps its structure, cuts, blocks zeroed, overwritten or swapped; in
+an archive also inside a member whose checksum is then right. And valid files get wrong content: tensors
+missing, added, renamed, reshaped, retyped, swapped; attributes and JSON edited. Prints what came of them;
+exits 1 if anything else than those two outcomes did.
 """
 
 import argparse
@@ -27,17 +28,17 @@ import h5py
 import numpy as np
 import torch
 
-from convert import convert_file
+from convert import VerificationError, convert_file
 from models.keras_file import KerasFileError, start_reader
 from models.resnet8 import ResNet8
 from models.worker import Worker
 from tests.keras_models import WRITERS
 
-SOURCES = [
-    *("keras/plain.h5", "keras/plain.keras", "keras/plain.weights.h5", "keras/nested_deep.h5", "keras/compiled.keras"),
-    *("tf_keras/plain.h5", "tf_keras/plain.keras", "tf_keras/plain.weights.h5", "tf_keras/plain.legacy.h5"),
-    *("tf_keras/nested_stages.keras", "tf_keras/normalization_adapted.h5", "tf_keras/compiled.h5"),
-]
+SOURCES = """
+    keras/plain.h5 keras/plain.keras keras/plain.weights.h5 keras/nested_deep.h5 keras/compiled.keras
+    tf_keras/plain.h5 tf_keras/plain.keras tf_keras/plain.weights.h5 tf_keras/plain.legacy.h5
+    tf_keras/nested_stages.keras tf_keras/normalization_adapted.h5 tf_keras/compiled.h5
+""".split()
 SLOW = 30  # seconds; no file comes near it unless something hangs
 
 # --- Damaged bytes ---------------------------------------------------------------------------------------
@@ -60,8 +61,9 @@ def flip_ends(data: bytearray, rng: random.Random) -> None:
 
 def structure(data: bytearray) -> list[int]:
     """Return where HDF5 keeps B-trees, symbol tables, heaps and the headers that their addresses lead to."""
-    marks = [mark.start() for mark in re.finditer(rb"TREE|SNOD|HEAP|GCOL|OHDR|FRHP|BTHD|\x01\x00[\x01-\x20]\x00", data)]
-    return [place for mark in marks for place in range(mark, min(mark + 96, len(data)))] or list(range(len(data)))
+    found = re.finditer(rb"TREE|SNOD|HEAP|GCOL|OHDR|FRHP|BTHD|\x01\x00[\x01-\x20]\x00", data)
+    places = [mark.start() + offset for mark in found for offset in range(96)]
+    return [place for place in places if place < len(data)] or list(range(len(data)))
 
 
 def flip_structure(data: bytearray, rng: random.Random) -> None:
@@ -72,8 +74,9 @@ def set_structure(data: bytearray, rng: random.Random) -> None:
     """Overwrite a number: a size, a count, an offset."""
     for _ in range(rng.choice([1, 1, 3])):
         at, size = rng.choice(structure(data)), rng.choice([1, 2, 4, 8])
-        value = rng.choice([0, 1, -1, 2 ** (8 * size - 1), 2 ** (8 * size - 1) - 1, rng.randrange(2 ** (8 * size))])
-        data[at : at + size] = (value % 2 ** (8 * size)).to_bytes(size, "little")
+        end = 2 ** (8 * size)
+        value = rng.choice([0, 1, end - 1, end // 2, end // 2 - 1, rng.randrange(end)])
+        data[at : at + size] = value.to_bytes(size, "little")
 
 
 def cut(data: bytearray, rng: random.Random) -> None:
@@ -122,28 +125,44 @@ def remove_tensor(file: h5py.File, rng: random.Random) -> None:
 
 def add_tensor(file: h5py.File, rng: random.Random) -> None:
     group = rng.choice(objects(file, h5py.Group))
-    group[rng.choice(["0", "1", "2", "4", "gamma", "kernel:0", "extra", "vars", "layers"]) + rng.choice(["", "x"])] = np.ones(4)
+    name = rng.choice(["0", "1", "2", "4", "gamma", "kernel:0", "extra", "vars", "layers", "vars_1"])
+    group[name] = np.ones(4)
 
 
 def rename(file: h5py.File, rng: random.Random) -> None:
     member = rng.choice(objects(file, rng.choice([h5py.Group, h5py.Dataset]))[1:])
-    file.move(member.name, f"{member.parent.name}/{rng.choice(['kernel', 'beta:0', '7', 'x', '.', 'vars', 'dense'])}_")
+    name = rng.choice(["kernel", "beta:0", "7", "x", "vars", "dense", "conv2d_1", "."])
+    file.move(member.name, f"{member.parent.name}/{name}")
 
 
 def reshape_tensor(file: h5py.File, rng: random.Random) -> None:
     data = tensors(file, rng)[0]
     name, array = data.name, data[()]
-    shapes = [(-1,), (1, -1), (*array.shape, 1), array.shape[::-1], (*array.shape[:-1], array.shape[-1] + 1) if array.ndim else (2,), (), (0,)]
-    shape = rng.choice(shapes)
+    longer = (*array.shape[:-1], array.shape[-1] + 1) if array.ndim else (2,)
+    shape = rng.choice(
+        [(array.size,), (1, array.size), (*array.shape, 1), array.shape[::-1], longer, (), (0,)]
+    )
     del file[name]
-    file[name] = np.resize(array, shape) if -1 not in shape else array.reshape(shape)
+    file[name] = np.resize(array, shape)
 
 
 def retype_tensor(file: h5py.File, rng: random.Random) -> None:
     data = tensors(file, rng)[0]
     name, array = data.name, data[()]
     del file[name]
-    types = ["f2", ">f4", "f8", "i1", "u8", "c8", "?", "S4", "V3", h5py.string_dtype(), np.dtype([("a", "f4")])]
+    types = [
+        "f2",
+        ">f4",
+        "f8",
+        "i1",
+        "u8",
+        "c8",
+        "?",
+        "S4",
+        "V3",
+        h5py.string_dtype(),
+        np.dtype([("a", "f4")]),
+    ]
     with contextlib.suppress(TypeError, ValueError):  # not every array can be every type
         file[name] = array.astype(rng.choice(types))
 
@@ -171,17 +190,37 @@ def edit_attribute(file: h5py.File, rng: random.Random) -> None:
         value = attributes[name]
         if isinstance(value, np.ndarray) and len(value) and rng.random() < 0.6:
             items = value.tolist()
-            items[rng.randrange(len(items))] = rng.choice([rng.choice(items), b"", b"/", b"..", b"\xff", b"x" * 500])
+            odd = rng.choice([rng.choice(items), b"", b"/", b"..", b"\xff", b"x" * 500])
+            items[rng.randrange(len(items))] = odd
             attributes[name] = items if rng.random() < 0.7 else items[1:]
         elif rng.random() < 0.3:
             del attributes[name]
         else:
-            attributes[name] = rng.choice([1, 1.5, [1, 2], "x", "", b"\xff\xfe", "{}", "[]", '{"class_name": "x"}', "é" * 9])
+            odd = [1, 1.5, [1, 2], "x", "", b"\xff\xfe", "{}", "[]", '{"class_name": "x"}', "é" * 9]
+            attributes[name] = rng.choice(odd)
 
 
-HDF5 = [remove_tensor, add_tensor, rename, reshape_tensor, retype_tensor, wrong_values, swap_tensors, edit_attribute]
-ODD = [None, True, False, 0, 1, -1, 2.5, 1e400, 10**30, "", "x", "relu", "Lambda", "é\0", [], [1, 1], [[[]]], {}, {"a": 1}]
-ODD += [{"class_name": "Zeros", "config": {}}, {"class_name": "Lambda", "config": {}}, ["a", 0, 0, {}]]
+HDF5 = [
+    remove_tensor,
+    add_tensor,
+    rename,
+    reshape_tensor,
+    retype_tensor,
+    wrong_values,
+    swap_tensors,
+    edit_attribute,
+]
+ODD = [None, True, False, 0, 1, -1, 2.5, 1e400, 10**30, "", "x", "relu", "Lambda", "é\0"]
+ODD += [
+    [],
+    [1, 1],
+    [[[]]],
+    {},
+    {"a": 1},
+    {"class_name": "Zeros", "config": {}},
+    {"class_name": "Lambda", "config": {}},
+    ["a", 0, 0, {}],
+]
 
 
 def edit_json(source: str, rng: random.Random) -> str:
@@ -208,7 +247,8 @@ def edit_json(source: str, rng: random.Random) -> str:
             container.append(copy.deepcopy(container[key]))
         else:
             other = rng.choice(containers)
-            container[key] = copy.deepcopy(other[rng.choice(list(other))] if isinstance(other, dict) else other)
+            value = other[rng.choice(list(other))] if isinstance(other, dict) else other
+            container[key] = copy.deepcopy(value)
     return json.dumps(document)
 
 
@@ -223,7 +263,8 @@ def damage_hdf5(content: bytes, rng: random.Random) -> tuple[str, bytes]:
     with h5py.File(buffer, "r+") as file:
         if kind is not edit_json:
             for _ in range(rng.choice([1, 1, 1, 3])):
-                with contextlib.suppress(KeyError, ValueError, OSError, IndexError, TypeError):  # done before, or no such place
+                # done before, or there is no such place
+                with contextlib.suppress(KeyError, ValueError, OSError, IndexError, TypeError):
                     kind(file, rng)
         elif "model_config" in file.attrs:
             file.attrs["model_config"] = edit_json(file.attrs["model_config"], rng)
@@ -242,7 +283,7 @@ def damage(content: bytes, rng: random.Random) -> tuple[str, bytes]:
         return kind.__name__, bytes(data)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    name = rng.choice(["model.weights.h5", "model.weights.h5", "config.json", "config.json", "metadata.json", "member"])
+    name = rng.choice(["model.weights.h5", "config.json"] * 2 + ["metadata.json", "member"])
     if name == "model.weights.h5":
         kind, members[name] = damage_hdf5(members[name], rng)
     elif name == "member":
@@ -277,7 +318,7 @@ def outcome(path: Path, folder: Path, reader: Worker) -> str:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             convert_file(path, output, reader)
-    except KerasFileError as error:
+    except (KerasFileError, VerificationError) as error:
         result = str(error)
         assert len(result.splitlines()) == 1 and len(result) < 2000, f"not one line: {result!r}"
         assert not list(folder.iterdir()), f"left {list(folder.iterdir())}"
@@ -341,7 +382,9 @@ def main() -> int:
         files = arguments.files or Path(folder)
         if not arguments.files:
             for writer in WRITERS:
-                subprocess.run([sys.executable, "-m", "tests.keras_models", files / writer, writer], check=True)
+                subprocess.run(
+                    [sys.executable, "-m", "tests.keras_models", files / writer, writer], check=True
+                )
         started = time.monotonic()
         counts, failures = run(files, arguments.count, arguments.seed, arguments.keep)
     outcomes = ("converted", "refused", "crashed the reader", "failed")

@@ -1,11 +1,13 @@
+# ruff: noqa: N803, N806  # K is the Keras library, L its layers
 """Writes Keras files of ResNet8s, in every variant and format, and what Keras makes of images with each.
 
     python -m tests.keras_models OUT_DIR keras|tf_keras
 
-Keras 3 writes the present formats, tf_keras those of Keras 2. OUT_DIR gets `VARIANT.h5`, `.keras`, `.weights.h5` and
-(tf_keras) `.legacy.h5`, `save_weights` of Keras 2, for each of VARIANTS, and `expected.npz`: `VARIANT:images` and
-`VARIANT:outputs`, in float64 with weights rounded to float32; `refused/` gets those of REFUSED, and `hostile/` those
-that carry code. Weights are random, BatchNorm's statistics, gamma and beta too, so that no swap can hide.
+Keras 3 writes the present formats, tf_keras those of Keras 2. OUT_DIR gets `VARIANT.h5`, `.keras`,
+`.weights.h5` and (tf_keras) `.legacy.h5`, `save_weights` of Keras 2, for each of VARIANTS, and
+`expected.npz`: `VARIANT:images` and `VARIANT:outputs`, in float64 with weights rounded to float32.
+`refused/` gets those of REFUSED, `hostile/` those that carry code. Weights are random, BatchNorm's
+statistics, gamma and beta too, so that no swap can hide.
 
 The tests import this module for its tables; only running it imports Keras.
 """
@@ -28,7 +30,7 @@ CLASSES = 7
 
 
 def resnet8(
-    K: ModuleType,  # noqa: N803
+    K: ModuleType,
     shape: tuple = SHAPE,
     width: int = WIDTH,
     classes: int = CLASSES,
@@ -46,7 +48,7 @@ def resnet8(
     `change` maps a place in the network, such as `layer2.bn1`, to a function (layers, x) -> x that replaces
     the layer there; None in place of the function leaves the layer out.
     """
-    L, change = K.layers, change or {}  # noqa: N806
+    L, change = K.layers, change or {}
 
     def name(place: str) -> dict:
         return {"name": rename(place)} if rename else {}
@@ -88,7 +90,7 @@ def resnet8(
 
 @dataclass(frozen=True)
 class Variant:
-    """A network, the dtype policy it is written with, and which files of its weights alone can be converted too."""
+    """A network, the dtype policy it is written with, and which files of weights alone can be converted."""
 
     build: Callable[[ModuleType], object]
     policy: str = "float32"
@@ -124,25 +126,30 @@ def pooled_by(size: object, **options: object) -> dict:
 
 
 def dense_then(make: Callable | None) -> dict:
-    def head(L: ModuleType, x: object) -> object:  # noqa: N803
+    def head(L: ModuleType, x: object) -> object:
         logits = L.Dense(CLASSES)(x)
         return make(L)(logits) if make else logits
 
     return {"fc": head}
 
 
-def adapted(L: ModuleType, x: object) -> object:  # noqa: N803
+def adapted(L: ModuleType, x: object) -> object:
     layer = L.Normalization()
     layer.adapt(np.random.default_rng(0).uniform(0, 255, (8, *SHAPE)).astype(np.float32) * [0.5, 0.8, 1.0])
     return layer(x)
 
 
-def noisy(K: ModuleType) -> object:  # noqa: N803
+def noisy(K: ModuleType) -> object:
     """Augmentation, dropout and noise wherever people put them."""
 
-    def augmented(L: ModuleType, x: object) -> object:  # noqa: N803
+    def augmented(L: ModuleType, x: object) -> object:
         if K.__name__ == "keras" or K.backend.floatx() != "float64":  # tf_keras cannot build these in float64
-            for layer in (L.RandomFlip("horizontal"), L.RandomRotation(0.1), L.RandomZoom(0.1), L.RandomContrast(0.1)):
+            for layer in (
+                L.RandomFlip("horizontal"),
+                L.RandomRotation(0.1),
+                L.RandomZoom(0.1),
+                L.RandomContrast(0.1),
+            ):
                 x = layer(x)
         return L.GaussianNoise(0.1)(x)
 
@@ -152,21 +159,23 @@ def noisy(K: ModuleType) -> object:  # noqa: N803
             "input": augmented,
             "relu1": lambda L, x: L.Dropout(0.3)(L.ReLU()(x)),
             "layer1.relu2": lambda L, x: L.SpatialDropout2D(0.3)(L.ReLU()(x)),
-            "layer2.downsample": lambda L, x: L.GaussianDropout(0.1)(L.Conv2D(2 * WIDTH, 1, 2, padding="same")(x)),
+            "layer2.downsample": lambda L, x: L.GaussianDropout(0.1)(
+                L.Conv2D(2 * WIDTH, 1, 2, padding="same")(x)
+            ),
             "avgpool": lambda L, x: L.Dropout(0.5)(L.GlobalAveragePooling2D()(x)),
         },
     )
 
 
-def nested(K: ModuleType) -> object:  # noqa: N803
+def nested(K: ModuleType) -> object:
     """A whole model inside a functional one, behind an input layer."""
     inputs = K.Input(SHAPE)
     return K.Model(inputs, resnet8(K)(K.layers.Rescaling(1 / 255)(inputs)))
 
 
-def nested_deep(K: ModuleType) -> object:  # noqa: N803
+def nested_deep(K: ModuleType) -> object:
     """Sequential of augmentation, of a model in a model, and of the head."""
-    L = K.layers  # noqa: N806
+    L = K.layers
     backbone = resnet8(K, change=each("fc", None))
     inputs = K.Input(SHAPE)
     middle = K.Model(inputs, backbone(inputs), name="middle")
@@ -174,9 +183,11 @@ def nested_deep(K: ModuleType) -> object:  # noqa: N803
     return K.Sequential([K.Input(SHAPE), augmentation, middle, L.Dropout(0.2), L.Dense(CLASSES, "softmax")])
 
 
-def compiled(K: ModuleType) -> object:  # noqa: N803
+def compiled(K: ModuleType) -> object:
     """A network that has been trained for a step: the file holds an optimizer's state and names a loss."""
-    model = resnet8(K, conv={"kernel_initializer": "he_normal", "kernel_regularizer": K.regularizers.L2(1e-4)})
+    model = resnet8(
+        K, conv={"kernel_initializer": "he_normal", "kernel_regularizer": K.regularizers.L2(1e-4)}
+    )
     model.compile(K.optimizers.Adam(1e-3), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(np.zeros((2, *SHAPE), np.float32), np.zeros(2), verbose=0)
     model.layers[3].trainable = False
@@ -191,7 +202,9 @@ VARIANTS = {
     "classes_100": variant(classes=100),
     "two_classes": variant(classes=2),
     "gray": variant(shape=(28, 28, 1)),
-    "four_channels": variant(shape=(16, 16, 4)),  # as many as the width: the first kernel looks like the next two
+    "four_channels": variant(
+        shape=(16, 16, 4)
+    ),  # as many as the width: the first kernel looks like the next two
     "large_input": variant(shape=(64, 48, 3)),
     "odd_input": variant(shape=(33, 21, 3)),
     "any_input": variant(shape=(None, None, 3)),
@@ -202,7 +215,9 @@ VARIANTS = {
     "no_scale_no_center": variant(norm={"scale": False, "center": False}),
     "epsilon_momentum": variant(norm={"epsilon": 1e-5, "momentum": 0.9}, bn_eps=1e-5),
     "relu_activation": variant(change=each(RELUS, lambda L, x: L.Activation("relu")(x))),
-    "relu_in_norm_order": variant(change=each("relu1", lambda L, x: L.Activation("relu")(L.Activation("linear")(x)))),
+    "relu_in_norm_order": variant(
+        change=each("relu1", lambda L, x: L.Activation("relu")(L.Activation("linear")(x)))
+    ),
     "average_pooling": variant(change=pooled_by(4)),
     "average_pooling_oblong": variant(shape=(32, 16, 3), change=pooled_by((8, 4), strides=1)),
     "softmax_layer": variant(change=dense_then(lambda L: L.Softmax())),
@@ -216,12 +231,18 @@ VARIANTS = {
         change={"input": lambda L, x: L.Rescaling(1 / 127.5, offset=-1)(x)}, weights_alone=(), pixels=True
     ),
     "normalization": variant(  # numbers that float32 holds exactly: tf_keras does not round them to it
-        change={"input": lambda L, x: L.Normalization(mean=[125.5, 123, 113.75], variance=[3969.0, 3856, 4452])(x)},
+        change={
+            "input": lambda L, x: L.Normalization(mean=[125.5, 123, 113.75], variance=[3969.0, 3856, 4452])(x)
+        },
         weights_alone=(),
         pixels=True,
     ),
     "normalization_rounded": variant(
-        change={"input": lambda L, x: L.Normalization(mean=[125.3, 123.0, 113.9], variance=[3969.1, 3856, 4452])(x)},
+        change={
+            "input": lambda L, x: L.Normalization(mean=[125.3, 123.0, 113.9], variance=[3969.1, 3856, 4452])(
+                x
+            )
+        },
         weights_alone=(),
         writers=("keras",),
         pixels=True,
@@ -229,9 +250,9 @@ VARIANTS = {
     "normalization_adapted": variant(change={"input": adapted}, weights_alone=(), pixels=True),
     "rescaling_normalization": variant(
         change={
-            "input": lambda L, x: L.Normalization(mean=[0.5, 0.46875, 0.4375], variance=[0.0625, 0.03125, 0.125])(
-                L.Rescaling(1 / 255)(x)
-            )
+            "input": lambda L, x: L.Normalization(
+                mean=[0.5, 0.46875, 0.4375], variance=[0.0625, 0.03125, 0.125]
+            )(L.Rescaling(1 / 255)(x))
         },
         weights_alone=(),
         pixels=True,
@@ -256,17 +277,17 @@ VARIANTS = {
 }
 
 
-def two_outputs(K: ModuleType) -> object:  # noqa: N803
+def two_outputs(K: ModuleType) -> object:
     model = resnet8(K)
     return K.Model(model.input, [model.output, K.layers.Dense(3)(model.layers[-2].output)])
 
 
-def two_inputs(K: ModuleType) -> object:  # noqa: N803
+def two_inputs(K: ModuleType) -> object:
     model, second = resnet8(K), K.Input(SHAPE)
     return K.Model([model.input, second], K.layers.Add()([model.output, resnet8(K)(second)]))
 
 
-def shared_layer(K: ModuleType) -> object:  # noqa: N803
+def shared_layer(K: ModuleType) -> object:
     conv = K.layers.Conv2D(WIDTH, 3, padding="same", name="shared")
     return resnet8(K, change=each("layer1.conv1 layer1.conv2", lambda L, x: conv(x)))
 
@@ -292,7 +313,10 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "leaky_relu": (variant(change=each("layer1.relu1", named("LeakyReLU"))), "odd LeakyReLU ReLU"),
     "relu6": (variant(change=each("layer1.relu1", named("ReLU", max_value=6.0))), "odd max_value 6"),
     "relu_slope": (variant(change=each("layer1.relu1", named("ReLU", negative_slope=0.1))), "odd slope 0.1"),
-    "relu_threshold": (variant(change=each("layer1.relu1", named("ReLU", threshold=0.5))), "odd threshold 0.5"),
+    "relu_threshold": (
+        variant(change=each("layer1.relu1", named("ReLU", threshold=0.5))),
+        "odd threshold 0.5",
+    ),
     "elu": (variant(change=each("layer3.relu2", named("Activation", "elu"))), "odd elu relu"),
     "conv_tanh": (variant(change=each("layer1.conv2", conv_with(activation="tanh"))), "odd activation tanh"),
     "conv_relu": (variant(change=each("layer1.conv2", conv_with(activation="relu"))), "odd activation relu"),
@@ -301,26 +325,42 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "average": (variant(change=each("layer2.add", named("Average"))), "odd Average Add"),
     "no_skip": (variant(change=each("layer1.add", lambda L, x: x[0])), "Add"),
     "add_itself": (variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([x[0], x[0]]))), "odd"),
-    "add_three": (variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([*x, x[1]]))), "odd Add layer1.add"),
+    "add_three": (
+        variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([*x, x[1]]))),
+        "odd Add layer1.add",
+    ),
     "shortcut_relu": (
-        variant(change=each("layer2.downsample", behind(conv_with(**SHORTCUT | {"name": "cut"}), named("ReLU")))),
+        variant(
+            change=each("layer2.downsample", behind(conv_with(**SHORTCUT | {"name": "cut"}), named("ReLU")))
+        ),
         "odd ReLU",
     ),
     "shortcut_norm": (
         variant(
-            change=each("layer2.downsample", behind(conv_with(**SHORTCUT | {"name": "cut"}), named("BatchNormalization")))
+            change=each(
+                "layer2.downsample",
+                behind(conv_with(**SHORTCUT | {"name": "cut"}), named("BatchNormalization")),
+            )
         ),
         "odd BatchNormalization",
     ),
     "shortcut_conv_on_stage1": (
-        variant(change=each("layer1.add", lambda L, x: L.Add()([x[0], L.Conv2D(WIDTH, 1, name="odd")(x[1])]))),
+        variant(
+            change=each("layer1.add", lambda L, x: L.Add()([x[0], L.Conv2D(WIDTH, 1, name="odd")(x[1])]))
+        ),
         "odd Conv2D",
     ),
     "no_last_relu": (variant(change=each("layer3.relu2", None)), "ReLU"),
     "no_first_relu": (variant(change=each("relu1", None)), "ReLU"),
     "no_norm": (variant(change=each("layer2.bn2", None)), "BatchNormalization"),
-    "preactivation": (variant(change=each("layer1.bn1", named("ReLU")) | each("layer1.relu1", named("BatchNormalization"))
-                              | {"layer1.relu1": lambda L, x: L.BatchNormalization(name="late")(x)}), "odd ReLU BatchNormalization"),
+    "preactivation": (
+        variant(
+            change=each("layer1.bn1", named("ReLU"))
+            | each("layer1.relu1", named("BatchNormalization"))
+            | {"layer1.relu1": lambda L, x: L.BatchNormalization(name="late")(x)}
+        ),
+        "odd ReLU BatchNormalization",
+    ),
     "dilation": (variant(change=each("layer1.conv1", conv_with(dilation_rate=2))), "odd dilation 2 1"),
     "groups": (variant(change=each("layer1.conv1", conv_with(groups=2))), "odd groups 2 1"),
     "kernel_5": (variant(change=each("layer1.conv1", conv_with(kernel_size=5))), "odd kernel 5 3"),
@@ -341,37 +381,50 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "flatten": (variant(change=each("avgpool", named("Flatten"))), "Dense GlobalAveragePooling2D"),
     "sigmoid": (variant(change=each("fc", named("Dense", CLASSES, "sigmoid"))), "odd sigmoid softmax"),
     "dense_relu": (variant(change=each("fc", named("Dense", CLASSES, "relu"))), "odd relu softmax"),
-    "sigmoid_layer": (variant(change=dense_then(lambda L: L.Activation("sigmoid", name="odd"))), "odd sigmoid"),
+    "sigmoid_layer": (
+        variant(change=dense_then(lambda L: L.Activation("sigmoid", name="odd"))),
+        "odd sigmoid",
+    ),
     "softmax_twice": (
         variant(change=each("fc", lambda L, x: L.Softmax(name="odd")(L.Dense(CLASSES, "softmax")(x)))),
         "odd",
     ),
     "dense_twice": (variant(change=each("fc", lambda L, x: L.Dense(5, name="odd")(L.Dense(9)(x)))), "Dense"),
     "valid_padding": (
-        variant(
-            change=each("conv1", conv_with(padding="valid"))
-        ),
+        variant(change=each("conv1", conv_with(padding="valid"))),
         "odd valid same",
     ),
     "valid_strided": (
         variant(
             shape=(17, 17, 3),
             change=each("layer2.conv1", lambda L, x: L.ZeroPadding2D(1, name="odd")(x))
-            | {"layer2.conv1": lambda L, x: L.Conv2D(2 * WIDTH, 3, 2, name="odd")(L.ZeroPadding2D(1, name="pad")(x))},
+            | {
+                "layer2.conv1": lambda L, x: L.Conv2D(2 * WIDTH, 3, 2, name="odd")(
+                    L.ZeroPadding2D(1, name="pad")(x)
+                )
+            },
         ),
         "Conv2D layer2.conv1",
     ),
     "stride_first": (variant(change=each("conv1", conv_with(strides=2))), "odd strides 2 1"),
     "other_strides": (variant(strides=(1, 2, 1), widths=(1, 2, 2)), ""),
-    "epsilons_differ": (variant(change=each("layer2.bn1", named("BatchNormalization", epsilon=1e-5))), "odd epsilon 1e-05 0.001"),
+    "epsilons_differ": (
+        variant(change=each("layer2.bn1", named("BatchNormalization", epsilon=1e-5))),
+        "odd epsilon 1e-05 0.001",
+    ),
     "shared": (Variant(shared_layer), "shared 2 times"),
     "two_outputs": (Variant(two_outputs), "2 outputs"),
     "two_inputs": (Variant(two_inputs), "inputs"),
     "extra_conv": (
-        variant(change=each("relu1", lambda L, x: L.Conv2D(WIDTH, 3, padding="same", name="odd")(L.ReLU()(x)))),
+        variant(
+            change=each("relu1", lambda L, x: L.Conv2D(WIDTH, 3, padding="same", name="odd")(L.ReLU()(x)))
+        ),
         "odd Conv2D",
     ),
-    "rescaling_inside": (variant(change=each("relu1", lambda L, x: L.Rescaling(2.0, name="odd")(L.ReLU()(x)))), "odd Rescaling"),
+    "rescaling_inside": (
+        variant(change=each("relu1", lambda L, x: L.Rescaling(2.0, name="odd")(L.ReLU()(x)))),
+        "odd Rescaling",
+    ),
     "norm_of_input": (
         variant(change={"input": lambda L, x: L.BatchNormalization(name="odd")(x)}),
         "odd BatchNormalization",
@@ -386,8 +439,14 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "width_not_doubling": (variant(widths=(1, 3, 4)), f"{3 * WIDTH} {2 * WIDTH}"),
     "width_constant": (variant(widths=(1, 1, 1)), f"{WIDTH} {2 * WIDTH}"),
     "norm_axis_1": (variant(change=each("layer1.bn1", named("BatchNormalization", axis=1))), "odd axis 1"),
-    "custom_layer": (Variant(lambda K: resnet8(K, change=each("relu1", custom(K, "Custom")))), "odd Custom custom"),
-    "custom_named_relu": (Variant(lambda K: resnet8(K, change=each("relu1", custom(K, "ReLU")))), "odd ReLU custom"),
+    "custom_layer": (
+        Variant(lambda K: resnet8(K, change=each("relu1", custom(K, "Custom")))),
+        "odd Custom custom",
+    ),
+    "custom_named_relu": (
+        Variant(lambda K: resnet8(K, change=each("relu1", custom(K, "ReLU")))),
+        "odd ReLU custom",
+    ),
 }
 # The same of those whose weights alone must be refused too.
 WEIGHTS_ALONE_REFUSED = {
@@ -406,22 +465,26 @@ WEIGHTS_ALONE_REFUSED = {
 }
 
 
-def custom(K: ModuleType, name: str) -> Callable:  # noqa: N803
+def custom(K: ModuleType, name: str) -> Callable:
     """Return a `change` into a registered layer of our own called `name`."""
-    register = K.utils.register_keras_serializable("evil") if hasattr(K.utils, "register_keras_serializable") else None
+    register = (
+        K.utils.register_keras_serializable("evil")
+        if hasattr(K.utils, "register_keras_serializable")
+        else None
+    )
     register = register or K.saving.register_keras_serializable("evil")
     layer = register(type(name, (K.layers.Layer,), {"call": lambda self, x: x * 2}))
     return lambda L, x: layer(name="odd")(x)
 
 
-def set_dtype(K: ModuleType, policy: str, floatx: str) -> None:  # noqa: N803
+def set_dtype(K: ModuleType, policy: str, floatx: str) -> None:
     """Make Keras build what follows with a dtype policy."""
     K.backend.set_floatx(floatx)
     (K.config.set_dtype_policy if hasattr(K, "config") else K.mixed_precision.set_global_policy)(policy)
 
 
 def randomize(model: object, rng: np.random.Generator) -> None:
-    """Draw every weight, so that logits are of the order of 1; a Normalization keeps what it has adapted to."""
+    """Draw every weight so that logits are near 1; a Normalization keeps what it has adapted to."""
     values = []
     for variable in model.weights:
         name = getattr(variable, "path", variable.name).split("/")[-1].split(":")[0]
@@ -438,7 +501,7 @@ def randomize(model: object, rng: np.random.Generator) -> None:
     model.set_weights(values)
 
 
-def write_variant(K: ModuleType, name: str, folder: Path, rng: np.random.Generator) -> dict:  # noqa: N803
+def write_variant(K: ModuleType, name: str, folder: Path, rng: np.random.Generator) -> dict:
     """Write a variant's files; return its images and outputs, in float64."""
     chosen = VARIANTS[name]
     floatx = chosen.policy if chosen.policy in ("float16", "float64") else "float32"
@@ -458,11 +521,15 @@ def write_variant(K: ModuleType, name: str, folder: Path, rng: np.random.Generat
         if hasattr(layer, "finalize_state"):
             layer.finalize_state()
     height, width, channels = (size or 24 for size in model.input_shape[1:])
-    images = rng.uniform(0, 255, (3, height, width, channels)) if chosen.pixels else rng.normal(0, 1, (3, height, width, channels))
+    images = (
+        rng.uniform(0, 255, (3, height, width, channels))
+        if chosen.pixels
+        else rng.normal(0, 1, (3, height, width, channels))
+    )
     return {f"{name}:images": images, f"{name}:outputs": np.asarray(twin(images, training=False))}
 
 
-def write_hostile(K: ModuleType, folder: Path) -> None:  # noqa: N803
+def write_hostile(K: ModuleType, folder: Path) -> None:
     """Write models with a Lambda layer whose code leaves a mark, and see that with Keras it does."""
     mark = folder / "mark"
     code = eval(f"lambda x: (__import__('pathlib').Path({str(mark)!r}).touch(), x)[1]")
@@ -480,7 +547,7 @@ def main() -> None:
     folder, library = Path(sys.argv[1]), sys.argv[2]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    K = importlib.import_module(library)  # noqa: N806
+    K = importlib.import_module(library)
     rng = np.random.default_rng(WRITERS.index(library))
     for name in ("", "refused", "hostile"):
         (folder / name).mkdir(parents=True, exist_ok=True)

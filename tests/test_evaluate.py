@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import evaluate
+import models.report
 from convert import convert_file
 from data.cifar10 import CLASS_NAMES, load_test
 from evaluate import Predictions, compare, log_softmax, mcnemar_p, short_names, wilson_interval
@@ -613,10 +615,16 @@ def test_hostile_checkpoints_get_one_line(tmp_path, case):
         ('{"sha256": null}', "sha256 is null"),
     ],
 )
-def test_wrong_json_gets_one_line(tmp_path, text, expected):
+def test_wrong_json_gets_one_line(tmp_path, text, expected, monkeypatch, capsys):
     save(random_model(), tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(text)
-    assert expected in refused("model.pt", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "model.pt", "--data", "sample"])
+    assert evaluate.main() == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and len(line.splitlines()) == 1
+    assert expected in line
+    assert not (tmp_path / "results").exists()
 
 
 def test_other_errors_get_one_line(tmp_path):
@@ -638,9 +646,6 @@ def test_results_that_cannot_be_written(tmp_path):
 
 
 def test_a_crash_while_writing_leaves_the_old_results(tmp_path, monkeypatch):
-    import evaluate
-    import models.report
-
     def crash(*_):
         raise RuntimeError("crash")
 

@@ -1,4 +1,4 @@
-"""Every variant, in every format, of both writers: what PyTorch computes is what Keras computes, in float64."""
+"""Every variant, format and writer: what PyTorch computes is what Keras computes, in float64."""
 
 import json
 import re
@@ -90,14 +90,24 @@ def test_says_what_was_assumed_and_converted(keras_files, reader, tmp_path, caps
 def test_kind_is_told_from_the_content(keras_files, reader, tmp_path):
     shutil.copy(keras_files / "keras" / "plain.keras", tmp_path / "model.h5")
     shutil.copy(keras_files / "keras" / "plain.h5", tmp_path / "model.keras")
-    assert ".keras archive" in convert_file(tmp_path / "model.h5", tmp_path / "a.pt", reader)["source"]["format"]
-    assert ".h5 whole" in convert_file(tmp_path / "model.keras", tmp_path / "a.pt", reader)["source"]["format"]
+    assert (
+        ".keras archive" in convert_file(tmp_path / "model.h5", tmp_path / "a.pt", reader)["source"]["format"]
+    )
+    assert (
+        ".h5 whole" in convert_file(tmp_path / "model.keras", tmp_path / "a.pt", reader)["source"]["format"]
+    )
 
 
 def test_many_files_verified_by_keras_in_one_call(keras_files, tmp_path):
     """The command goes on after a failure, and Keras agrees with every other file, whatever its format."""
     chosen = {
-        "keras": ["plain.h5", "normalization_adapted.keras", "nested_deep.keras", "logits.weights.h5", "float16.h5"],
+        "keras": [
+            "plain.h5",
+            "normalization_adapted.keras",
+            "nested_deep.keras",
+            "logits.weights.h5",
+            "float16.h5",
+        ],
         "tf_keras": ["nested.h5", "noisy.keras", "renamed.legacy.h5", "gray.h5"],
     }
     paths = []

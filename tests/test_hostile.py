@@ -104,12 +104,12 @@ SMUGGLED = {
     "module": {"module": "os", "class_name": "Zeros", "config": {}, "registered_name": None},
     "submodule": {"module": "keras.src.utils.os", "class_name": "Zeros", "config": {}},
     "subprocess": {"module": "subprocess", "class_name": "Popen", "config": {"args": "touch mark"}},
-    "builtin": {"module": "builtins", "class_name": "function", "config": "exec", "registered_name": "function"},
+    "builtin": {"module": "builtins", "class_name": "function", "config": "exec"},
     "numpy": {"class_name": "__numpy__", "config": {"value": [1], "dtype": "object"}},
     "lambda": {"class_name": "__lambda__", "config": {"value": "4wEAAAA="}},
     "lambda_layer": {"class_name": "Lambda", "config": {"name": "f", "function": ["4wEAAAA=", None, None]}},
     "wrapper": {"class_name": "TimeDistributed", "config": {"layer": {"class_name": "Lambda", "config": {}}}},
-    "registered": {"module": "keras.initializers", "class_name": "Zeros", "config": {}, "registered_name": "evil>Zeros"},
+    "registered": {"module": "keras", "class_name": "Zeros", "config": {}, "registered_name": "evil>Zeros"},
     "registered_class": {"class_name": "evil>Zeros", "config": {}},
     "no_string": {"class_name": ["Zeros"], "config": {}},
     "load_model": {"module": "keras.models", "class_name": "load_model", "config": {"filepath": "/tmp/x"}},
@@ -143,7 +143,7 @@ def test_class_outside_the_layers_is_refused_or_dropped(archive, keras_files, re
     if place == "compile_config":  # Keras is not given it
         assert "Popen" not in json.dumps(read_keras_file(path, reader).config)
     else:
-        with pytest.raises(KerasFileError, match="Popen.*never run"):
+        with pytest.raises(KerasFileError, match=r"Popen.*never run"):
             read_keras_file(path, reader)
 
 
@@ -168,7 +168,10 @@ def virtual_data(file, name):
 
 
 OUTSIDE = {
-    "external_link": (lambda file, name: file.__setitem__(name, h5py.ExternalLink("other.h5", "secret")), "link"),
+    "external_link": (
+        lambda file, name: file.__setitem__(name, h5py.ExternalLink("other.h5", "secret")),
+        "link",
+    ),
     "soft_link": (lambda file, name: file.__setitem__(name, h5py.SoftLink("/model_weights/dense")), "link"),
     "dangling_link": (lambda file, name: file.__setitem__(name, h5py.SoftLink("/nowhere")), "link"),
     "external_storage": (external_storage, "another file"),
@@ -251,7 +254,9 @@ def overfull_chunk(file, name):
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = deflate.compress(bytes(2**24)) + deflate.flush(zlib.Z_FULL_FLUSH)
     data = file.create_dataset(name, (3, 3, 3, 4), np.float32, chunks=(3, 3, 3, 4), compression=9)
-    data.id.write_direct_chunk((0, 0, 0, 0), b"\x78\x9c" + block * 64 + b"\x03\x00" + struct.pack(">I", (2**30 % 65521) << 16 | 1))
+    data.id.write_direct_chunk(
+        (0, 0, 0, 0), b"\x78\x9c" + block * 64 + b"\x03\x00" + struct.pack(">I", (2**30 % 65521) << 16 | 1)
+    )
 
 
 def large_elements(file, name):
@@ -306,7 +311,9 @@ def test_tensor_that_is_none_is_refused(edited, refusal, name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("name", ["1 TB", "1 TB contiguous", "2 GB chunk", "compressed", "overfull chunk", "large elements"])
+@pytest.mark.parametrize(
+    "name", ["1 TB", "1 TB contiguous", "2 GB chunk", "compressed", "overfull chunk", "large elements"]
+)
 def test_large_tensor_takes_no_memory(edited, name):
     message, peak = peak_memory(edited(replace_kernel(TENSORS[name][0])))
     assert TENSORS[name][1] in message and peak < MEMORY

@@ -36,7 +36,9 @@ def test_refuses_weights_alone_that_are_not_unique(keras_files, refusal, name):
 def test_refuses_weights_alone_of_nested_models(keras_files, refusal, writer):
     """Running numbers order the layers of one model, but not those of a model and of another inside it."""
     message = refusal(keras_files / writer / "nested_stages.weights.h5")
-    assert re.search(r"'batch_normalization', 'functional/batch_normalization'.*do not say which is first", message)
+    assert re.search(
+        r"'batch_normalization', 'functional/batch_normalization'.*do not say which is first", message
+    )
 
 
 def test_refuses_channels_first(keras_files, refusal, tmp_path):
@@ -48,7 +50,9 @@ def test_refuses_channels_first(keras_files, refusal, tmp_path):
         changed = config.replace('"data_format": "channels_last"', '"data_format": "channels_first"', 1)
         assert changed != config
         file.attrs["model_config"] = changed
-    assert re.search(r"layer 'conv2d.*data_format is 'channels_first', expected 'channels_last'", refusal(path))
+    assert re.search(
+        r"layer 'conv2d.*data_format is 'channels_first', expected 'channels_last'", refusal(path)
+    )
 
 
 @pytest.mark.parametrize(

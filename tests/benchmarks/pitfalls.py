@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from data.cifar10 import load_test
-from models.resnet8 import ResNet8, SamePadConv2d, read_metadata
+from models.checkpoint import read_metadata
+from models.resnet8 import ResNet8, SamePadConv2d
 
 
 def symmetric_padding(model: nn.Module) -> None:
