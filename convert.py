@@ -380,7 +380,7 @@ def pytorch_activations(model: ResNet8, images: torch.Tensor) -> dict[str, np.nd
     found: dict[str, np.ndarray] = {}
 
     def keep(name: str, value: torch.Tensor) -> None:
-        found[name] = value.movedim(1, -1).numpy()
+        found[name] = value.movedim(1, -1).numpy().copy()  # the addition works in place
 
     def watch(name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(_: object, inputs: tuple, output: torch.Tensor) -> None:

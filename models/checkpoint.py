@@ -1,4 +1,4 @@
-"""Reading a checkpoint's two files, the `.pt` and the JSON beside it, whatever somebody may have put there."""
+"""Reading a checkpoint's two files, the `.pt` and the JSON beside it, whatever may stand in them."""
 
 import json
 import math

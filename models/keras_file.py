@@ -457,14 +457,25 @@ def node_inputs(entry: dict, name: str) -> list[str]:
         raise KerasFileError(f"layer '{name}' is used {len(nodes)} times; a ResNet8 shares none")
     found: list[str] = []
 
+    def check_arguments(arguments: dict) -> None:
+        for key, value in arguments.items():  # such as training=True, which is another function
+            values = value if isinstance(value, list) else [value]
+            if key != "inputs" and not all(item is None or item is False for item in values):
+                raise KerasFileError(
+                    f"layer '{name}' is called with {key}={value!r:.60}, expected no argument"
+                )
+
     def collect(value: object) -> None:
         if isinstance(value, dict) and value.get("class_name") == "__keras_tensor__":  # Keras 3
             found.append(text(value["config"]["keras_history"][0]))
-        elif (
-            isinstance(value, list) and len(value) >= 3 and isinstance(value[0], str)
-        ):  # Keras 2: [name, 0, 0, {}]
-            found.append(value[0])
-            collect(value[3:])
+        elif isinstance(value, list) and len(value) >= 3 and isinstance(value[0], str):
+            found.append(value[0])  # Keras 2: [name, 0, 0, {arguments}]
+            if len(value) > 3:
+                check_arguments(value[3])
+                collect(value[3:])
+        elif isinstance(value, dict) and "kwargs" in value:  # Keras 3: {"args": [...], "kwargs": {...}}
+            check_arguments(value["kwargs"])
+            collect(list(value.values()))
         elif isinstance(value, (list, dict)):
             for item in value.values() if isinstance(value, dict) else value:
                 collect(item)

@@ -155,8 +155,12 @@ class Server:
         self.renamed: dict[str, str] = {}  # a layer's name in the rebuilt model -> in the file
 
     def answer(self, request: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
-        """Answer one request."""
-        return getattr(self, request.pop("do"))(arrays, **request)
+        """Answer one request; raises WorkerError with one line when Keras cannot."""
+        try:
+            return getattr(self, request.pop("do"))(arrays, **request)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise WorkerError(f"Keras fails on the model: {reason}") from None
 
     def load(self, arrays: dict[str, np.ndarray], config: dict | None, graph: list) -> tuple[dict, dict]:
         """Load a model from the file's bytes, or from its graph and arrays."""

@@ -1,8 +1,8 @@
 """The Keras twin of `models/resnet8.py`, and its training on CIFAR-10.
 
 The same network, layer for layer: three stages of one residual block, of 16, 32 and 64 filters; 78,666
-parameters. It takes raw pixels (float32, 0 to 255, NHWC) and returns class probabilities. Architecture: MLPerf
-Tiny's image classification reference (Banbury et al. 2021, arXiv:2106.07597; mlcommons/tiny,
+parameters. It takes raw pixels (float32, 0 to 255, NHWC) and returns class probabilities. Architecture:
+MLPerf Tiny's image classification reference (Banbury et al. 2021, arXiv:2106.07597; mlcommons/tiny,
 `benchmark/training/image_classification/keras_model.py`), after He et al. 2015, arXiv:1512.03385.
 
     python -m models.keras_resnet8 --data-dir DIR --epochs N --output FILE.h5 --seed S
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data"), help="holds cifar-10-batches-bin/ (default: data)"
     )
-    parser.add_argument("--epochs", type=int, default=130)
+    parser.add_argument("--epochs", type=int, default=110)
     parser.add_argument(
         "--output", type=Path, default=Path("checkpoints/resnet8_keras.h5"), help="the .h5 to write"
     )

@@ -29,9 +29,9 @@ def draw_report(
     It is 1,000 points of 1/100 inch wide: at 1,000 pixels no text is smaller than 8 points.
     """
     with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}):
-        figure = plt.figure(figsize=(10, 8.4), layout="constrained")
+        figure = plt.figure(figsize=(10, 8.5), layout="constrained")
         figure.suptitle(f"{title}: {model.name} {100 * model.metrics['accuracy']:.2f} %", fontsize=12)
-        above, below = figure.subfigures(2, 1, height_ratios=(6.6, 1.75))
+        above, below = figure.subfigures(2, 1, height_ratios=(6.5, 1.95))
         panels = above.subplot_mosaic(
             [["confusion", "classes"], ["confusion", "differences"]], width_ratios=(6, 4)
         )
@@ -80,6 +80,7 @@ def draw_differences(axes: plt.Axes, model: Predictions, reference: Predictions 
     bins = np.logspace(np.log10(SMALLEST), max(0.5 + np.log10(differences.max(initial=SMALLEST)), -5), 50)
     axes.hist(differences.clip(SMALLEST), bins, color=BLUE)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:.0e}")  # the exponents of 10^-7 would be smaller than 8 points
     axes.set(
         title=f"Probabilities: difference to {reference.name}",
         xlabel=f"an image's largest (the first bar: {SMALLEST:g} and less)",

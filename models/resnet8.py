@@ -78,7 +78,9 @@ class BasicBlock(nn.Module):
         """Map (N, in_channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+        x = self.bn2(self.conv2(x))
+        x += shortcut  # in place, as in torchvision
+        return self.relu(x)
 
 
 class ResNet8(nn.Module):
@@ -124,6 +126,9 @@ class ResNet8(nn.Module):
         """
         path = Path(path)
         state = load_state_dict(path, map_location)
+        for name, tensor in state.items():
+            if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+                raise ValueError(f"{path}: {name} is {tensor.dtype}, expected a floating-point tensor")
         arguments = read_metadata(path).get("architecture", {})
         try:
             with torch.device("meta"):  # shapes without memory: a file can claim any width
@@ -140,7 +145,4 @@ class ResNet8(nn.Module):
         except (RuntimeError, IndexError, ValueError) as error:
             reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
             raise ValueError(f"{path}: not a ResNet8's state_dict: {reasons}") from None
-        for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point():
-                raise ValueError(f"{path}: {name} is {parameter.dtype}, expected a floating-point tensor")
         return model.to(map_location, torch.float32).eval()

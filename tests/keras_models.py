@@ -173,6 +173,14 @@ def nested(K: ModuleType) -> object:
     return K.Model(inputs, resnet8(K)(K.layers.Rescaling(1 / 255)(inputs)))
 
 
+def nested_frozen(K: ModuleType) -> object:
+    """Transfer learning as Keras's guides do it: the model inside is called with training=False."""
+    inputs = K.Input(SHAPE)
+    backbone = resnet8(K, change=each("fc", None))
+    backbone.trainable = False
+    return K.Model(inputs, K.layers.Dense(CLASSES, activation="softmax")(backbone(inputs, training=False)))
+
+
 def nested_deep(K: ModuleType) -> object:
     """Sequential of augmentation, of a model in a model, and of the head."""
     L = K.layers
@@ -260,6 +268,7 @@ VARIANTS = {
     "nested": Variant(nested, weights_alone=(), pixels=True),
     "nested_stages": variant(nest_stages=True, weights_alone=(".legacy.h5",)),
     "nested_deep": Variant(nested_deep),
+    "nested_frozen": Variant(nested_frozen),
     "compiled": Variant(compiled),
     "valid_where_equal": variant(
         change={
@@ -323,6 +332,14 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "subtract": (variant(change=each("layer2.add", named("Subtract"))), "odd Subtract Add"),
     "multiply": (variant(change=each("layer2.add", named("Multiply"))), "odd Multiply Add"),
     "average": (variant(change=each("layer2.add", named("Average"))), "odd Average Add"),
+    "norm_in_training": (
+        variant(change=each("layer1.bn1", lambda L, x: L.BatchNormalization(name="odd")(x, training=True))),
+        "odd training true",
+    ),
+    "dropout_in_training": (
+        variant(change=each("relu1", lambda L, x: L.Dropout(0.5, name="odd")(L.ReLU()(x), training=True))),
+        "odd training true",
+    ),
     "no_skip": (variant(change=each("layer1.add", lambda L, x: x[0])), "Add"),
     "add_itself": (variant(change=each("layer1.add", lambda L, x: L.Add(name="odd")([x[0], x[0]]))), "odd"),
     "add_three": (

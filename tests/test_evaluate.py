@@ -498,7 +498,7 @@ def test_report(real):
     assert int.from_bytes(content[16:20], "big") >= 1000  # pixels wide
 
 
-def test_report_without_anything_to_compare_or_any_mistake(tmp_path):
+def test_report_without_anything_to_compare(tmp_path):
     save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
     evaluated("model.pt", "--no-keras", "--report", cwd=tmp_path)
     assert (tmp_path / "results/report.png").stat().st_size > 10_000
