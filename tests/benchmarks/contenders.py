@@ -149,17 +149,17 @@ class Server:
             os.environ["KERAS_BACKEND"] = "torch"
         for module in modules:
             importlib.import_module(module)
-        return {"memory": peak_memory()}, {}
+        return {"imports": peak_memory()}, {}
 
     def load(self, arrays: dict[str, np.ndarray], **job: object) -> tuple[dict, dict]:
-        """Load the model, find the fastest batch size, and run once to warm up."""
+        """Load the model, warm up, and find the fastest batch size."""
         self.contender, self.images, sizes = self.load_contender(Job(images=arrays["images"], **job))
 
         def trial(size: int) -> float:  # the first run of two may have to compile
             return min(self.timed(self.images[:TRIAL_IMAGES], size)[0] for _ in range(2))
 
-        self.batch_size = min(sizes, key=trial) if len(sizes) > 1 else sizes[0]
-        self.contender(self.images, self.batch_size)
+        seconds = {size: trial(size) for size in sizes}
+        self.batch_size = min(seconds, key=seconds.get)
         return {"batch_size": self.batch_size}, {}
 
     def run(self, arrays: dict) -> tuple[dict, dict[str, np.ndarray]]:

@@ -36,11 +36,13 @@ from tests.benchmarks.contenders import CONTENDERS
 
 BUNDLED = ROOT / "checkpoints" / "resnet8_keras.h5"
 OURS, UNFOLDED, PLAIN, KERAS, _, ONNX_RUNTIME, _ = CONTENDERS
+ENOUGH = 30  # seconds of running, after which a contender sits out the other rounds
 MODULE = "tests.benchmarks.contenders"
 PACKAGES = ("torch", "tensorflow", "keras", "onnxruntime", "tf2onnx", "onnx2torch", "numpy")
-NOTES = """\
-Medians over rounds in which everything takes its turn. Each contender has a process of its own, with its
-default threads; a list of batch sizes was tried first, where that matters, and the fastest taken.
+NOTES = f"""\
+Medians over rounds in which everything takes its turn; whoever has run for {ENOUGH} s sits out the others.
+Each contender has a process of its own, with its default threads; several batch sizes were tried first for
+Keras and ONNX Runtime, and the fastest taken.
 `evaluate.py` normalizes the uint8 images in its own time, all others find float32 images in their layout.
 'Peak' is a process's largest resident memory, for a contender with the images in it (as uint8, and as float32
 where it takes that); a whole command counts as its largest process, which is Keras where it takes part."""
@@ -57,7 +59,7 @@ class Size:
     file_counts: tuple[int, ...]  # the first is 1
 
 
-FULL = Size(10_000, 5, 3, (1_000, 2_000, 5_000, 10_000, 20_000, 50_000), (1, 10, 25, 50, 100, 200))
+FULL = Size(10_000, 5, 3, (1_000, 5_000, 10_000, 20_000, 50_000), (1, 10, 50, 100, 200))
 QUICK = Size(1_000, 1, 1, (500, 1_000), (1, 5))
 
 
@@ -165,37 +167,35 @@ def race(entries: dict[object, tuple[str, np.ndarray]], job: dict, rounds: int) 
 
     `entries` has a contender and its (N, C, H, W) uint8 images for each key.
     """
-    workers, answers, results = {}, {}, {}
-    try:
-        for key in entries:
-            workers[key] = Worker(MODULE)
+    workers = {key: Worker(MODULE) for key in entries}
+    answers: dict[object, dict] = {key: {} for key in entries}  # by the names of Result
+    seconds: dict[object, list[float]] = {key: [] for key in entries}
+    failures: dict[object, str] = {}
 
-        def ask(key: object, request: dict, arrays: dict | None = None) -> tuple[dict, dict]:
+    def ask(key: object, request: dict, arrays: dict | None = None) -> None:
+        if key not in failures:
             try:
-                return workers[key].ask(request, arrays)
+                answer, answered = workers[key].ask(request, arrays)
+                answers[key].update(answer, **answered)
             except WorkerError as error:
-                results[key] = str(error)
-                workers.pop(key).close()
-                return {}, {}
+                failures[key] = str(error)
 
+    try:
         for key, (name, images) in entries.items():
-            started, _ = ask(key, {"do": "start", "name": name})
-            loaded = key in workers and ask(key, {"do": "load", **job}, {"images": images})[0]
-            answers[key] = {"imports": started.get("memory"), **(loaded or {}), "runs": []}
+            ask(key, {"do": "start", "name": name})
+            ask(key, {"do": "load", **job}, {"images": images})
         for _ in range(rounds):
-            for key in list(workers):
-                answers[key]["runs"].append(ask(key, {"do": "run"}))
-        for key in workers:
-            runs = answers[key]["runs"]
-            seconds = median(answer["seconds"] for answer, _ in runs)
-            memory = runs[-1][0]["memory"]
-            results[key] = Result(
-                seconds, answers[key]["batch_size"], answers[key]["imports"], memory, runs[-1][1]["classes"]
-            )
+            for key in entries:
+                if sum(seconds[key]) < ENOUGH:
+                    ask(key, {"do": "run"})
+                    seconds[key].append(answers[key].get("seconds", 0.0))
     finally:
         for worker in workers.values():
             worker.close()
-    return {key: results[key] for key in entries}
+    return {
+        key: failures.get(key) or Result(**{**answers[key], "seconds": median(seconds[key])})
+        for key in entries
+    }
 
 
 def export_onnx(keras_file: Path, onnx_file: Path) -> None:
@@ -329,7 +329,8 @@ def draw_curves(file: io.BufferedIOBase, images: dict[int, Result], files: dict[
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     left.plot(list(images), [1e6 * result.seconds / n for n, result in images.items()], "o-", color="#0072B2")
-    left.set(title="evaluate.py's inference", xlabel="images", ylabel="microseconds an image", xscale="log")
+    left.set(title="evaluate.py's inference", xlabel="images", ylabel="microseconds an image")
+    left.xaxis.set_major_formatter("{x:,.0f}")
     further = per_further_file(files)
     right.plot(list(further), list(further.values()), "o-", color="#0072B2")
     right.set(title="convert.py --no-verify", xlabel="files in one call", ylabel="ms a file beyond the first")
