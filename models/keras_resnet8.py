@@ -22,8 +22,8 @@ from keras import layers
 
 from data.cifar10 import DataError, load_train
 
-# The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2) with less regularization. Keras's weight decay is
-# decoupled from the momentum, so 5e-4 here is 5e-4 * (1 - 0.9) = 5e-5 in `torch.optim.SGD`.
+# The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2) with less regularization. Keras's weight
+# decay is decoupled from the momentum: 5e-4 here is 5e-4 * (1 - 0.9) = 5e-5 in `torch.optim.SGD`.
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 WARMUP_EPOCHS = 5
