@@ -144,13 +144,19 @@ def match_graph(file: KerasFile) -> dict[str, Layer]:
         expected = f"{' or '.join(required['class_name'])} as {point}"
         readers = [layer for layer in unplaced if reads(layer) == names]
         fits = [layer for layer in readers if layer.class_name in required["class_name"]]
-        if len(fits) > 1:  # a strided block's first convolution and its shortcut read the same layer
+        if len(readers) > 1:  # a strided block's first convolution and its shortcut read the same layer
             fits = [
                 layer for layer in fits if layer.config.get("kernel_size") in required.get("kernel_size", [])
             ]
         if len(fits) != 1:
             found = readers or [layer for layer in unplaced if set(reads(layer)) & set(names)]
-            is_there = " and ".join(f"{layer.class_name} '{layer.name}' of {reads(layer)}" for layer in found)
+            is_there = " and ".join(
+                f"{layer.class_name} '{layer.name}' of {reads(layer)}"
+                + (f" (kernel_size {layer.config['kernel_size']})" if "kernel_size" in layer.config else "")
+                for layer in found
+            )
+            if "kernel_size" in required:
+                expected += f" (kernel_size {required['kernel_size'][0]})"
             raise KerasFileError(f"after {names}: found {is_there or 'nothing'}, expected one {expected}")
         check_options(fits[0], required, point)
         places[point] = fits[0]
@@ -176,7 +182,7 @@ def check_options(layer: Layer, required: dict, point: str) -> None:
         if value not in allowed:
             expected = f"expected {allowed[0]!r} ({point})"
             raise KerasFileError(
-                f"layer '{layer.name}' ({layer.class_name}): {option} is {value!r}, {expected}"
+                f"layer '{layer.name}' ({layer.class_name}): {option} is {value!r:.60}, {expected}"
             )
 
 
@@ -330,16 +336,20 @@ def input_normalization(
     top. Formulas: keras.io/api/layers/preprocessing_layers, numerical/normalization and
     image_preprocessing/rescaling.
     """
+
+    def as_float32(values: object) -> np.ndarray:  # Keras rounds these numbers, whatever it computes in
+        return np.asarray(values, np.float32).astype(np.float64)
+
     mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     for layer in file.layers[: file.layers.index(places["input"]) + 1]:
         try:
             if layer.class_name == "Rescaling":
-                scale, offset = (np.asarray(layer.config[key], np.float64) for key in ("scale", "offset"))
+                scale, offset = (as_float32(layer.config[key]) for key in ("scale", "offset"))
                 mean, std = mean - offset * std / scale, std / scale
             elif layer.class_name == "Normalization":
-                values = layer.arrays or {key: np.asarray(layer.config[key]) for key in ("mean", "variance")}
-                deviation = np.maximum(np.sqrt(values["variance"].astype(np.float64).ravel()), 1e-7)
-                mean, std = mean + values["mean"].astype(np.float64).ravel() * std, std * deviation
+                values = layer.arrays or layer.config
+                deviation = np.maximum(np.sqrt(as_float32(values["variance"]).ravel()), 1e-7)
+                mean, std = mean + as_float32(values["mean"]).ravel() * std, std * deviation
                 if layer.config.get("invert"):
                     raise KerasFileError(f"layer '{layer.name}': invert is True, expected False")
             mean, std = (
@@ -583,12 +593,14 @@ def convert_file(
 
 def precision_notes(file: KerasFile) -> list[str]:
     """Return what is to be said of weights and policies that are not float32."""
-    stored = {str(array.dtype) for layer in file.layers for array in layer.arrays.values()} - {"float32"}
+    arrays = [array for layer in file.layers for array in layer.arrays.values() if array.dtype.kind == "f"]
+    stored = {str(array.dtype) for array in arrays} - {"float32"}
     policies = set()
     for layer in file.layers:
         policy = layer.config.get("dtype", "float32")
-        policy = policy["config"].get("name") if isinstance(policy, dict) and "config" in policy else policy
-        policies.add(str(policy))
+        if isinstance(policy, dict) and isinstance(policy.get("config"), dict):  # as Keras 3 writes it
+            policy = policy["config"].get("name")
+        policies.add(f"{policy!s:.40}")
     policies -= {"float32"}
     notes = [f"{', '.join(sorted(stored))} weights, converted to float32"] if stored else []
     return notes + ([f"dtype policy {', '.join(sorted(policies))}, converted to float32"] if policies else [])

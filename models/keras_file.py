@@ -474,7 +474,9 @@ def node_inputs(entry: dict, name: str) -> list[str]:
                 check_arguments(value[3])
                 collect(value[3:])
         elif isinstance(value, dict) and "kwargs" in value:  # Keras 3: {"args": [...], "kwargs": {...}}
-            check_arguments(value["kwargs"])
+            # it writes training=True for every augmentation layer, and overrides that at inference
+            is_augmentation = str(entry["class_name"]).startswith("Random")
+            check_arguments({**value["kwargs"], **({"training": None} if is_augmentation else {})})
             collect(list(value.values()))
         elif isinstance(value, (list, dict)):
             for item in value.values() if isinstance(value, dict) else value:
