@@ -18,22 +18,26 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 
 from data.cifar10 import DataError, load_train
 
-# The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2) with less regularization. Keras's weight
-# decay is decoupled from the momentum: 5e-4 here is 5e-4 * (1 - 0.9) = 5e-5 in `torch.optim.SGD`.
+# The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2), longer, with a warmed-up cosine schedule.
+# Keras's weight decay is decoupled from the momentum: 1e-3 is 1e-3 * (1 - 0.9) = 1e-4 in `torch.optim.SGD`.
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 WARMUP_EPOCHS = 5
 MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4
-CROP_PADDING = 3  # pixels, reflected
+WEIGHT_DECAY = 1e-3
+CROP_PADDING = 4  # pixels, black
 
 
 def resnet8(
-    num_classes: int = 10, width: int = 16, input_shape: tuple[int, int, int] = (32, 32, 3)
+    num_classes: int = 10,
+    width: int = 16,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    batch_norm: type[layers.BatchNormalization] = layers.BatchNormalization,
 ) -> keras.Model:
     """Return an untrained ResNet8: (N, H, W, C) float32 pixels, 0 to 255, to (N, num_classes) softmax."""
 
@@ -41,13 +45,13 @@ def resnet8(
         return layers.Conv2D(filters, kernel_size, strides, padding="same", kernel_initializer="he_normal")
 
     def block(x: keras.KerasTensor, filters: int, strides: int) -> keras.KerasTensor:
-        y = layers.ReLU()(layers.BatchNormalization()(conv(filters, strides=strides)(x)))
-        y = layers.BatchNormalization()(conv(filters)(y))
+        y = layers.ReLU()(batch_norm()(conv(filters, strides=strides)(x)))
+        y = batch_norm()(conv(filters)(y))
         shortcut = x if strides == 1 else conv(filters, kernel_size=1, strides=strides)(x)
         return layers.ReLU()(layers.Add()([y, shortcut]))
 
     inputs = layers.Input(input_shape)
-    x = layers.ReLU()(layers.BatchNormalization()(conv(width)(inputs)))
+    x = layers.ReLU()(batch_norm()(conv(width)(inputs)))
     x = block(x, width, strides=1)
     x = block(x, 2 * width, strides=2)
     x = block(x, 4 * width, strides=2)
@@ -55,6 +59,25 @@ def resnet8(
     # float32 even when the rest is trained in mixed precision: a bfloat16 probability has only 8 bits
     outputs = layers.Dense(num_classes, activation="softmax", dtype="float32")(x)
     return keras.Model(inputs, outputs, name="resnet8")
+
+
+class FusedBatchNormalization(layers.BatchNormalization):
+    """BatchNormalization that trains in one operation, which halves the time of an epoch on a CPU.
+
+    Keras computes the same in a dozen. The variables are the same; the moving variance takes in the batch's
+    unbiased variance, n / (n - 1) times what Keras takes, where n is at least 8,192.
+    """
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Return (N, H, W, C) `inputs`, normalized, in their dtype."""
+        if not training:
+            return super().call(inputs)
+        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            inputs, self.gamma.value, self.beta.value, epsilon=self.epsilon
+        )
+        for average, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            average.assign(self.momentum * average + (1 - self.momentum) * batch)
+        return outputs
 
 
 class AugmentedImages(keras.utils.PyDataset):
@@ -69,7 +92,7 @@ class AugmentedImages(keras.utils.PyDataset):
         super().__init__()
         self.labels, self.seed, self.epoch, self.size = labels, seed, first_epoch, images.shape[-1]
         border = [(0, 0), (0, 0), (CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING)]
-        padded = np.pad(images, border, mode="reflect")
+        padded = np.pad(images, border)
         self.windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[-2:], axis=(2, 3))
         self._draw()
 
@@ -126,7 +149,7 @@ def train(data_dir: Path, epochs: int, output: Path, seed: int, holdout: int, do
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     # bfloat16 arithmetic with float32 weights: twice as fast on a CPU that has it
     keras.config.set_dtype_policy("mixed_bfloat16")
-    model = resnet8()
+    model = resnet8(batch_norm=FusedBatchNormalization)
     keras.config.set_dtype_policy("float32")
     model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(
@@ -140,7 +163,7 @@ def train(data_dir: Path, epochs: int, output: Path, seed: int, holdout: int, do
         ],
     )
 
-    trained = resnet8()  # the same network without the mixed-precision policy in its configuration
+    trained = resnet8()  # the same network, of Keras's own layers, in float32
     trained.set_weights(model.get_weights())
     partial = output.with_name(f".{output.stem}.partial.h5")
     trained.save(partial, include_optimizer=False)
@@ -178,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data"), help="holds cifar-10-batches-bin/ (default: data)"
     )
-    parser.add_argument("--epochs", type=int, default=110)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument(
         "--output", type=Path, default=Path("checkpoints/resnet8_keras.h5"), help="the .h5 to write"
     )
