@@ -154,6 +154,7 @@ def train(data_dir: Path, epochs: int, output: Path, seed: int, holdout: int, do
     model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(
         batches,
+        shuffle=False,  # `batches` are shuffled; Keras would change their order in another way after a stop
         epochs=epochs,
         validation_data=validation,
         verbose="auto" if sys.stdout.isatty() else 2,
