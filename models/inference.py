@@ -99,6 +99,9 @@ def predict(
             return model(batch.sub_(offset).div_(scale).to(dtype))
 
     starts = range(0, len(pixels), batch_size)
+    # glibc returns freed memory to the system, to fetch it again page by page for the next batch: a third of
+    # the time. Once it has seen a large block freed, it keeps as much (man mallopt, M_MMAP_THRESHOLD).
+    torch.empty(31 * 2**20, dtype=torch.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # inside an operator
     try:
