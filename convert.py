@@ -745,7 +745,8 @@ def main() -> int:
                     if isinstance(error, OSError):
                         message = f"cannot write {output} and its .json: {error.strerror}"
                     if isinstance(error, WorkerError):
-                        print(error.log, file=sys.stderr, end="")
+                        if error.status is not None:  # Keras ended by itself, and only its log says why
+                            print(error.log, file=sys.stderr, end="")
                         message += WITHOUT_KERAS
                     message = message if message.startswith(str(path)) else f"{path}: {message}"
                     print(f"error: {message}", file=sys.stderr)

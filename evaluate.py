@@ -191,7 +191,12 @@ def sha256_of(path: Path) -> str:
 
 
 def run(
-    checkpoint: Checkpoint, name: str, dataset: Dataset, options: argparse.Namespace, fold: bool
+    checkpoint: Checkpoint,
+    name: str,
+    dataset: Dataset,
+    options: argparse.Namespace,
+    notes: Notes,
+    fold: bool = False,
 ) -> Predictions:
     """Feed all images to the network, and measure how long that takes. Raises ValueError for NaN outputs."""
     import torch
@@ -217,7 +222,14 @@ def run(
         "workers": workers,
         "batch_norm_folded": fold,
     }
-    return Predictions(name, checkpoint.path, log_softmax(logits), dataset.labels, throughput)
+    predictions = Predictions(name, checkpoint.path, log_softmax(logits), dataset.labels, throughput)
+    if predictions.metrics["accuracy"] < 2 / len(CLASS_NAMES):
+        notes.add(
+            f"{name} is near chance: most likely the input scaling is wrong. It is fed (pixel - mean) / std, "
+            f"pixels 0 to 255, mean {checkpoint.mean}, std {checkpoint.std}. If it wants other inputs, "
+            "convert it for them; for 0 to 1: python convert.py KERAS_FILE --mean 0 --std 255"
+        )
+    return predictions
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -509,13 +521,16 @@ def evaluate(options: argparse.Namespace) -> int:
     dataset = load_test(options.data_dir, options.data, options.download)
     if dataset.notice:
         notes.add(dataset.notice)
-    checkpoint, *others = (
-        load_checkpoint(path, dataset, notes) for path in [options.checkpoint, *options.compare]
-    )
-    names = short_names([options.checkpoint, *options.compare])
+    name, *other_names = short_names([options.checkpoint, *options.compare])
+    checkpoint = load_checkpoint(options.checkpoint, dataset, notes)
+    # One at a time, so that memory does not grow; before Keras, so that a bad one shows early.
+    compared = [
+        run(load_checkpoint(path, dataset, notes), other_name, dataset, options, notes)
+        for path, other_name in zip(options.compare, other_names, strict=True)
+    ]
 
     keras_file = None if options.no_keras else find_baseline(checkpoint, options.keras, notes)
-    if options.max_drop is not None and not keras_file and not others:
+    if options.max_drop is not None and not keras_file and not compared:
         raise ValueError("--max-drop: there is neither a Keras baseline nor a --compare to measure a drop by")
     keras = None
     if keras_file:
@@ -523,20 +538,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
     # Folding BatchNorm changes the rounding, so it takes a reference to hold it to. Checkpoints that are
     # compared are all run alike: not folded.
-    fold = bool(keras) and checkpoint.is_as_converted and not others and options.dtype == "float32"
-    ours = run(checkpoint, names[0], dataset, options, fold)
+    fold = bool(keras) and checkpoint.is_as_converted and not compared and options.dtype == "float32"
+    ours = run(checkpoint, name, dataset, options, notes, fold)
     if fold and compare(keras, ours)["max_abs_probability_difference"] > MAX_FOLDED_DIFFERENCE:
         notes.add(
             f"folded, a probability was {MAX_FOLDED_DIFFERENCE:g} or more from Keras's: unfolded instead"
         )
-        ours = run(checkpoint, names[0], dataset, options, fold=False)
-    compared = [
-        run(other, name, dataset, options, fold=False) for other, name in zip(others, names[1:], strict=True)
-    ]
-
-    for model, fed in zip([ours, *compared], [checkpoint, *others], strict=True):
-        if model.metrics["accuracy"] < 2 / len(CLASS_NAMES):
-            notes.add(near_chance(model, fed))
+        ours = run(checkpoint, name, dataset, options, notes)
     write_results(options, dataset, checkpoint, keras, ours, compared, notes)
 
     reference, shortfalls = keras or ours, []
@@ -554,15 +562,6 @@ def evaluate(options: argparse.Namespace) -> int:
     for shortfall in shortfalls:
         print(f"shortfall: {shortfall}", file=sys.stderr)
     return SHORTFALL if shortfalls else 0
-
-
-def near_chance(model: Predictions, checkpoint: Checkpoint) -> str:
-    """Return what is most likely wrong with a model that is hardly better than guessing, and the remedy."""
-    return (
-        f"{model.name} is near chance: most likely the input scaling is wrong. It is fed (pixel - mean) / "
-        f"std, pixels 0 to 255, mean {checkpoint.mean}, std {checkpoint.std}. If it wants other inputs, "
-        "convert it for them; for 0 to 1: python convert.py KERAS_FILE --mean 0 --std 255"
-    )
 
 
 def short_names(paths: list[Path]) -> list[str]:
@@ -639,7 +638,8 @@ def main() -> int:
     try:
         return evaluate(options)
     except WorkerError as error:
-        print(error.log, file=sys.stderr, end="")
+        if error.status is not None:  # Keras ended by itself, and only its log says why
+            print(error.log, file=sys.stderr, end="")
         message = f"{error}; --no-keras evaluates without the baseline"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
