@@ -67,7 +67,7 @@ class Predictions:
         """The predicted classes, (N,) int64."""
         return self.log_probabilities.argmax(axis=1)
 
-    @cached_property
+    @property
     def probabilities(self) -> np.ndarray:
         """(N, classes) float64."""
         return np.exp(self.log_probabilities)

@@ -142,10 +142,11 @@ def measure_files(keras_file: Path, folder: Path, size: Size) -> dict[int, Cost]
 
 
 def measure_compared(folder: Path, others: int) -> float:
-    """Return the MB that `others` more checkpoints add to `evaluate.py` on the sample."""
+    """Return the MB that `others` more checkpoints add to an `evaluate.py --compare` of two."""
     checkpoint = folder / "resnet8.pt"
     command = ["evaluate.py", checkpoint, "--data", "sample", "--no-keras", "--output", folder]
-    return python(*command, "--compare", *[checkpoint] * others).memory - python(*command).memory
+    few, many = [checkpoint], [checkpoint] * (1 + others)
+    return python(*command, "--compare", *many).memory - python(*command, "--compare", *few).memory
 
 
 # --- 2. Inference ----------------------------------------------------------------------------------------
