@@ -618,7 +618,9 @@ def saved_groups(file: h5py.File) -> list[tuple[str, dict[str, np.ndarray] | lis
     if "layer_names" in file.attrs or "layer_names0" in file.attrs:
         groups: dict[str, dict[str, np.ndarray]] = {}
         for layer in long_attribute(file, "layer_names"):
-            for key, dataset in group_tensors(file, layer).items():
+            tensors = group_tensors(file, layer)
+            check_saved_order(layer, tensors)
+            for key, dataset in tensors.items():
                 owner, variable = ("/" + key).rsplit("/", 1)
                 group = groups.setdefault(f"{layer}{owner}" if owner.strip("/") != layer else layer, {})
                 group[variable.split(":")[0]] = read_array(dataset)
@@ -640,6 +642,34 @@ def saved_groups(file: h5py.File) -> list[tuple[str, dict[str, np.ndarray] | lis
         (re.sub(r"(^|/)(layers|_layer_checkpoint_dependencies)/", r"\1", path), arrays)
         for path, arrays in found
     ]
+
+
+def check_saved_order(layer: str, tensors: dict[str, h5py.Dataset]) -> None:
+    """Refuse the tensors of a model inside a model whose layers were not saved in their order.
+
+    Keras 2 saves what is trained first and then the rest: statistics come last, or, in a model that is frozen
+    as a whole, after their layer's gamma and beta. With some layers frozen, these come after the others.
+    """
+    places: dict[str, list[int]] = {}
+    for place, key in enumerate(tensors):
+        places.setdefault(key.rpartition("/")[0], []).append(place)
+    keys = list(tensors)
+    statistics = ["/moving_" in f"/{key}" for key in keys]
+    norms = [found for found in places.values() if statistics[found[-1]]]
+    shapes = [tensors[key].shape for key in keys]
+    convolutions = [
+        found for found in places.values() if len(shapes[found[0]]) == 4 and shapes[found[0]][:2] != (1, 1)
+    ]
+    if len(norms) < 2 and len(convolutions) < 2:
+        return
+    whole = [found[-1] - found[0] == len(found) - 1 for found in norms]
+    in_order = all(whole) or (not any(whole) and statistics == sorted(statistics))
+    first_norm = min((found[0] for found in norms), default=len(keys))
+    if not in_order or sum(found[0] < first_norm for found in convolutions) != 1:
+        raise KerasFileError(
+            f"the layers of model '{layer}' are not saved in their order, as happens when some of them are "
+            "frozen, and weights alone do not say which is which; save the whole model"
+        )
 
 
 def running_number(name: str) -> tuple[str, int]:

@@ -181,6 +181,14 @@ def nested_frozen(K: ModuleType) -> object:
     return K.Model(inputs, K.layers.Dense(CLASSES, activation="softmax")(backbone(inputs, training=False)))
 
 
+def nested_partly_frozen(K: ModuleType) -> object:
+    """A convolution of the model inside is frozen: Keras 2's save_weights saves it after the rest."""
+    inputs = K.Input(SHAPE)
+    backbone = resnet8(K, change=each("fc", None))
+    [layer for layer in backbone.layers if isinstance(layer, K.layers.Conv2D)][1].trainable = False
+    return K.Model(inputs, K.layers.Dense(CLASSES, activation="softmax")(backbone(inputs)))
+
+
 def nested_deep(K: ModuleType) -> object:
     """Sequential of augmentation, of a model in a model, and of the head."""
     L = K.layers
@@ -269,6 +277,7 @@ VARIANTS = {
     "nested_stages": variant(nest_stages=True, weights_alone=(".legacy.h5",)),
     "nested_deep": Variant(nested_deep),
     "nested_frozen": Variant(nested_frozen),
+    "nested_partly_frozen": Variant(nested_partly_frozen, weights_alone=(".weights.h5",)),
     "compiled": Variant(compiled),
     "valid_where_equal": variant(
         change={

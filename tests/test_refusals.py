@@ -41,6 +41,12 @@ def test_refuses_weights_alone_of_nested_models(keras_files, refusal, writer):
     )
 
 
+def test_refuses_weights_alone_of_partly_frozen_models(keras_files, refusal):
+    """Keras 2 saves the frozen layers after the others: two convolutions of one shape would change places."""
+    message = refusal(keras_files / "tf_keras" / "nested_partly_frozen.legacy.h5")
+    assert re.search(r"layers of model 'model.*' are not saved in their order.*frozen", message)
+
+
 def test_refuses_channels_first(keras_files, refusal, tmp_path):
     """Keras on a CPU cannot build it, but a file can say it; nothing else about the file would change."""
     path = tmp_path / "model.h5"
