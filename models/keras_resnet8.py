@@ -208,7 +208,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--holdout", type=int, default=5000, help="training images kept for validation (default: 5000)"
+        "--holdout", type=int, default=0, help="training images kept for validation (default: 0)"
     )
     parser.add_argument(
         "--download", action="store_true", help="download CIFAR-10 into DATA_DIR if it is not there"
