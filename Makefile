@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# DATA_DIR holds cifar-10-batches-bin/; `make train ARGS=--download` gets the data set. 22 s an epoch on 2 cores.
+# DATA_DIR holds cifar-10-batches-bin/; `make train ARGS=--download` gets the data set. 1.5 hours on 2 cores.
 DATA_DIR ?= data
 train: $(VENV)/.installed
 	$(BIN)/python -m models.keras_resnet8 --data-dir $(DATA_DIR) $(ARGS)

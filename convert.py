@@ -486,7 +486,7 @@ def stage(name: str) -> Iterator[list[str]]:
         print(f"  {name:<11} failed")
         raise
     for index, line in enumerate(figures):
-        print(f"  {name:<11} passed  {line}" if index == 0 else f"{'':22}{line}")
+        print((f"  {name:<11} passed  {line}" if index == 0 else f"{'':22}{line}").rstrip())
 
 
 def convert_file(
@@ -745,8 +745,7 @@ def main() -> int:
                     if isinstance(error, OSError):
                         message = f"cannot write {output} and its .json: {error.strerror}"
                     if isinstance(error, WorkerError):
-                        if error.status is not None:  # Keras ended by itself, and only its log says why
-                            print(error.log, file=sys.stderr, end="")
+                        print(error.log, file=sys.stderr, end="")
                         message += WITHOUT_KERAS
                     message = message if message.startswith(str(path)) else f"{path}: {message}"
                     print(f"error: {message}", file=sys.stderr)

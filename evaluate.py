@@ -346,9 +346,10 @@ class Notes:
     lines: list[str] = field(default_factory=list)
 
     def add(self, line: str) -> None:
-        """Print a line and keep it."""
-        self.lines.append(line)
-        print(f"note: {line}", flush=True)
+        """Print a line and keep it, once."""
+        if line not in self.lines:
+            self.lines.append(line)
+            print(f"note: {line}", flush=True)
 
 
 def progress_bar(description: str) -> object:
@@ -638,8 +639,7 @@ def main() -> int:
     try:
         return evaluate(options)
     except WorkerError as error:
-        if error.status is not None:  # Keras ended by itself, and only its log says why
-            print(error.log, file=sys.stderr, end="")
+        print(error.log, file=sys.stderr, end="")
         message = f"{error}; --no-keras evaluates without the baseline"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -618,12 +618,12 @@ def saved_groups(file: h5py.File) -> list[tuple[str, dict[str, np.ndarray] | lis
     if "layer_names" in file.attrs or "layer_names0" in file.attrs:
         groups: dict[str, dict[str, np.ndarray]] = {}
         for layer in long_attribute(file, "layer_names"):
-            tensors = group_tensors(file, layer)
+            tensors = {key: read_array(dataset) for key, dataset in group_tensors(file, layer).items()}
             check_saved_order(layer, tensors)
-            for key, dataset in tensors.items():
+            for key, array in tensors.items():
                 owner, variable = ("/" + key).rsplit("/", 1)
                 group = groups.setdefault(f"{layer}{owner}" if owner.strip("/") != layer else layer, {})
-                group[variable.split(":")[0]] = read_array(dataset)
+                group[variable.split(":")[0]] = array
         return list(groups.items())
 
     found: list[tuple[str, list[np.ndarray]]] = []
@@ -644,7 +644,7 @@ def saved_groups(file: h5py.File) -> list[tuple[str, dict[str, np.ndarray] | lis
     ]
 
 
-def check_saved_order(layer: str, tensors: dict[str, h5py.Dataset]) -> None:
+def check_saved_order(layer: str, tensors: dict[str, np.ndarray]) -> None:
     """Refuse the tensors of a model inside a model whose layers were not saved in their order.
 
     Keras 2 saves what is trained first and then the rest: statistics come last, or, in a model that is frozen

@@ -90,7 +90,7 @@ class AugmentedImages(keras.utils.PyDataset):
     def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int, first_epoch: int = 0) -> None:
         """Take (N, 3, 32, 32) uint8 `images` and (N,) `labels`."""
         super().__init__()
-        self.labels, self.seed, self.epoch, self.size = labels, seed, first_epoch, images.shape[-1]
+        self.labels, self.seed, self.epoch = labels, seed, first_epoch
         border = [(0, 0), (0, 0), (CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING)]
         padded = np.pad(images, border)
         self.windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[-2:], axis=(2, 3))

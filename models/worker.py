@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class WorkerError(Exception):
-    """The worker refused (`status` is None), or ended with a `status`; `log` is what it wrote to stderr."""
+    """The worker refused (`status` is None), or ended with a `status` and wrote `log` to stderr."""
 
     def __init__(self, message: str, status: int | None = None, log: str = "") -> None:
         super().__init__(message)
@@ -84,7 +84,7 @@ class Worker:
         finally:
             timer.cancel()
         if "error" in answer:
-            raise WorkerError(answer["error"], log=self.log())
+            raise WorkerError(answer["error"])
         return answer, answered
 
     def log(self) -> str:
