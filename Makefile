@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-tests
 # DATA_DIR holds cifar-10-batches-bin/; `make train ARGS=--download` gets the data set. 1.5 hours on 2 cores.
 DATA_DIR ?= data
 train: $(VENV)/.installed
-	$(BIN)/python -m models.keras_resnet8 --data-dir $(DATA_DIR) $(ARGS)
+	$(BIN)/python -m models.keras.train --data-dir $(DATA_DIR) $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -r tests/benchmarks/requirements.txt

@@ -6,13 +6,13 @@ https://www.cs.toronto.edu/~kriz/cifar.html. All is read as records of its binar
 """
 
 import hashlib
+import os
 import socket
-import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
@@ -119,7 +119,7 @@ def _official_records(data_dir: Path, split: str, download: bool) -> bytes | Non
     except FileNotFoundError:
         pass
     if (data_dir / PYTHON_FOLDER).is_dir():
-        return _in_own_process(_python_version, data_dir.absolute(), split)
+        return _python_version(data_dir.absolute(), split)
     if download:
         _download(data_dir)
         return _binary_version(data_dir, split)
@@ -151,7 +151,7 @@ def _download(data_dir: Path) -> None:
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cifar-10-download-", dir=data_dir) as folder:
         archive = Path(folder).absolute() / "cifar-10-binary.tar.gz"
-        _in_own_process(_fetch, ARCHIVE_URL, ARCHIVE_MD5, archive, NETWORK_TIMEOUT)
+        _fetch(ARCHIVE_URL, ARCHIVE_MD5, archive, NETWORK_TIMEOUT)
         wanted = {f"{BINARY_FOLDER}/{name}": sha256 for s in BATCHES.values() for name, sha256 in s.items()}
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -161,37 +161,25 @@ def _download(data_dir: Path) -> None:
                     write_atomically(data_dir / member.name, methodcaller("write", content))
 
 
-# Importing torchvision into a process that has imported TensorFlow (models/keras_resnet8.py) is a
-# segmentation fault, so the two functions that need it run in a process of their own. They take strings
-# and return bytes.
-_CHILD = """
-import contextlib, sys
-from data import cifar10
-try:
-    with contextlib.redirect_stdout(sys.stderr):
-        result = getattr(cifar10, sys.argv[1])(*sys.argv[2:])
-except (Exception, KeyboardInterrupt) as error:
-    print(*str(error).split(), end="")
-    sys.exit(1)
-sys.stdout.buffer.write(result)
-"""
+# torchvision is imported where it is needed: it takes seconds. A process that imports TensorFlow too must
+# have imported torchvision first, as `models/keras/train.py` does: the other order is a segmentation fault.
 
 
-def _in_own_process(function: Callable[..., bytes], *arguments: object) -> bytes:
-    """Return what `function` returns there; raise DataError with the message of what it raises."""
-    child = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", _CHILD, function.__name__, *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.PIPE,
-        stderr=None if sys.stderr.isatty() else subprocess.DEVNULL,  # a progress bar is for a terminal
-    )
-    if child.returncode != 0:
-        message = child.stdout.decode(errors="surrogateescape")
-        raise DataError(message or f"the process that runs torchvision ended with code {child.returncode}")
-    return child.stdout
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """Show what torchvision prints on a terminal only, and never on stdout; raise DataError with one line."""
+    with ExitStack() as stack:
+        shown = sys.stderr if sys.stderr.isatty() else stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(redirect_stdout(shown))
+        stack.enter_context(redirect_stderr(shown))
+        try:
+            yield
+        except Exception as error:  # whatever damaged pickles and an unforeseen server lead torchvision to
+            raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _python_version(data_dir: str, split: str) -> bytes:
+@_torchvision()
+def _python_version(data_dir: Path, split: str) -> bytes:
     """Return the records of the pickled Python version; torchvision checks its MD5 before unpickling."""
     from torchvision.datasets import CIFAR10
 
@@ -204,17 +192,20 @@ def _python_version(data_dir: str, split: str) -> bytes:
     return np.column_stack([np.array(dataset.targets, np.uint8), planes]).tobytes()
 
 
-def _fetch(url: str, md5: str, path: str, timeout: str) -> bytes:
-    """Download `url` to `path`, with a progress bar, and check it; return nothing."""
+@_torchvision()
+def _fetch(url: str, md5: str, path: Path, timeout: float) -> None:
+    """Download `url` to `path`, with a progress bar, and check it; give up after `timeout` silent seconds."""
     from http.client import HTTPException
 
     from torchvision.datasets.utils import download_url
 
-    socket.setdefaulttimeout(float(timeout))  # download_url itself would wait for ever
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)  # download_url itself would wait for ever
     try:
-        download_url(url, Path(path).parent, Path(path).name, md5)
+        download_url(url, path.parent, path.name, md5)
     except RuntimeError as error:
         raise DataError(f"cannot download {url}: cut short, or another file (MD5 is not {md5})") from error
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {url}: {error}") from error
-    return b""
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,13 +1,98 @@
-"""Reading a checkpoint's two files, the `.pt` and the JSON beside it, whatever may stand in them."""
+"""A checkpoint: a `.pt` file, and the JSON beside it that says where it came from and what it is fed.
 
+Both are written whole or not at all, and read without running any code, whatever may stand in them.
+"""
+
+import hashlib
+import io
 import json
 import math
 import pickle
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from data.files import write_files
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A network, what it is to be fed, and what `convert.py` wrote about it."""
+
+    path: Path
+    model: nn.Module
+    sha256: str
+    mean: list[float]  # a value a channel, in pixel units: the network is fed (pixel - mean) / std
+    std: list[float]
+    metadata: dict  # of the JSON file beside it; {} if there is none
+
+    @property
+    def is_as_converted(self) -> bool:
+        """Whether the file is the one that `convert.py` wrote with the JSON."""
+        return self.metadata.get("sha256") == self.sha256
+
+
+def read_checkpoint(
+    network: type[nn.Module], path: Path, map_location: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Return a `convert.py` checkpoint: a `network` (`ResNet8`) of the shape its tensors have, in eval mode.
+
+    BatchNorm's epsilon and momentum and the input's scaling come from the JSON file beside it, or are the
+    defaults where there is none. Raises OSError when a file cannot be read, ValueError with one line when it
+    is not such a network's state_dict or the JSON is not as `convert.py` writes it.
+    """
+    state = load_state_dict(path, map_location)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, expected a floating-point tensor")
+    metadata = read_metadata(path)
+    arguments = metadata.get("architecture", {})
+    try:
+        with torch.device("meta"):  # shapes without memory: a file can claim any width
+            model = network(
+                num_classes=state["fc.weight"].shape[0],
+                width=state["conv1.weight"].shape[0],
+                in_channels=state["conv1.weight"].shape[1],
+                bn_eps=arguments.get("bn_eps", 1e-3),
+                bn_momentum=arguments.get("bn_momentum", 0.01),
+            )
+        model.load_state_dict(state, assign=True)
+    except KeyError as error:
+        raise ValueError(f"{path}: no tensor {error}: not a ResNet8's state_dict") from None
+    except (RuntimeError, IndexError, ValueError) as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
+        raise ValueError(f"{path}: not a ResNet8's state_dict: {reasons}") from None
+    model = model.to(map_location, torch.float32).eval()
+
+    channels, scaling = model.conv1.in_channels, metadata.get("input", {})
+    mean, std = scaling.get("mean", [0.0] * channels), scaling.get("std", [1.0] * channels)
+    return Checkpoint(path, model, sha256_of(path), mean, std, metadata)
+
+
+def write_checkpoint(path: Path, model: nn.Module, metadata: dict) -> dict:
+    """Write a network's state_dict to `path`, and beside it `metadata` with its SHA-256; return the latter.
+
+    Raises OSError; then neither file is touched.
+    """
+    checkpoint = io.BytesIO()
+    torch.save(model.state_dict(), checkpoint)
+    metadata = {**metadata, "sha256": hashlib.sha256(checkpoint.getvalue()).hexdigest()}
+    content = json.dumps(metadata, indent=2) + "\n"
+    write_files(
+        {
+            path: lambda target: target.write(checkpoint.getvalue()),
+            path.with_suffix(".json"): lambda target: target.write(content.encode()),
+        }
+    )
+    return metadata
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256, as hex digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Tensor]:

@@ -37,7 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.checkpoint import load_state_dict, read_metadata
+from models.checkpoint import read_checkpoint
+
+
+@torch.fx.wrap  # a step of its own in a traced network: the size is not known there, and `max` is a decision
+def same_padding(size: int, kernel: int, stride: int) -> int:
+    """Return what an axis of `size` lacks for ceil(size / stride) windows."""
+    return max((size - 1) // stride * stride + kernel - size, 0)
 
 
 class SamePadConv2d(nn.Conv2d):
@@ -50,13 +56,10 @@ class SamePadConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        padding = []
-        for axis in (1, 0):  # F.pad takes the width's padding first
-            size, stride = x.shape[2 + axis], self.stride[axis]
-            outputs = (size + stride - 1) // stride
-            total = max((outputs - 1) * stride + self.kernel_size[axis] - size, 0)
-            padding += [total // 2, total - total // 2]
-        return super().forward(F.pad(x, padding) if any(padding) else x)
+        height = same_padding(x.shape[2], self.kernel_size[0], self.stride[0])
+        width = same_padding(x.shape[3], self.kernel_size[1], self.stride[1])
+        x = F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
+        return F.conv2d(x, self.weight, self.bias, self.stride)
 
 
 class BasicBlock(nn.Module):
@@ -124,25 +127,4 @@ class ResNet8(nn.Module):
         where there is none. No code in the file is run (`weights_only=True`). Raises OSError when a file
         cannot be read, ValueError with one line when it is not a ResNet8's state_dict.
         """
-        path = Path(path)
-        state = load_state_dict(path, map_location)
-        for name, tensor in state.items():
-            if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
-                raise ValueError(f"{path}: {name} is {tensor.dtype}, expected a floating-point tensor")
-        arguments = read_metadata(path).get("architecture", {})
-        try:
-            with torch.device("meta"):  # shapes without memory: a file can claim any width
-                model = cls(
-                    num_classes=state["fc.weight"].shape[0],
-                    width=state["conv1.weight"].shape[0],
-                    in_channels=state["conv1.weight"].shape[1],
-                    bn_eps=arguments.get("bn_eps", 1e-3),
-                    bn_momentum=arguments.get("bn_momentum", 0.01),
-                )
-            model.load_state_dict(state, assign=True)
-        except KeyError as error:
-            raise ValueError(f"{path}: no tensor {error}: not a ResNet8's state_dict") from None
-        except (RuntimeError, IndexError, ValueError) as error:
-            reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
-            raise ValueError(f"{path}: not a ResNet8's state_dict: {reasons}") from None
-        return model.to(map_location, torch.float32).eval()
+        return read_checkpoint(cls, Path(path), map_location).model

@@ -185,7 +185,8 @@ def test_damaged_training_batch_is_an_error(tmp_path, tiny):
 
 
 def test_without_data_auto_is_the_sample_with_a_notice_and_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "_in_own_process", lambda *arguments: pytest.fail(f"called {arguments}"))
+    for function in ("_python_version", "_fetch"):
+        monkeypatch.setattr(cifar10, function, lambda *arguments: pytest.fail(f"called {arguments}"))
     for data_dir in (tmp_path, tmp_path / "absent"):
         sample = load_test(data_dir)
         assert sample.name == "CIFAR-10 sample"
@@ -224,16 +225,6 @@ def test_reading_imports_no_framework():
 # The Python version
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Run what needs torchvision here, where it is imported once and can be patched."""
-    monkeypatch.setattr(
-        cifar10, "_in_own_process", lambda function, *arguments: function(*map(str, arguments))
-    )
-    yield
-    socket.setdefaulttimeout(None)
-
-
 def write_python_version(data_dir, content):
     """Pickle the batches as the official Python version does; return torchvision's lists of MD5 for them."""
     folder = data_dir / "cifar-10-batches-py"
@@ -254,7 +245,7 @@ def write_python_version(data_dir, content):
     }
 
 
-def test_python_version_gives_the_same_as_the_binary_version(tmp_path, tiny, in_this_process, monkeypatch):
+def test_python_version_gives_the_same_as_the_binary_version(tmp_path, tiny, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     for attribute, value in write_python_version(tmp_path / "py", tiny).items():
@@ -297,15 +288,15 @@ def test_python_version_with_a_wrong_md5_is_refused_before_unpickling(tmp_path):
 
 
 def test_python_version_is_read_where_tensorflow_is_loaded(tmp_path, tiny):
+    """The training's process, which imports torchvision before TensorFlow."""
     lists = write_python_version(tmp_path, tiny)
-    (tmp_path / "sitecustomize.py").write_text(
-        f"from torchvision.datasets import CIFAR10\n"
-        f"for name, value in {lists}.items(): setattr(CIFAR10, name, value)\n"
-    )
     code = (
-        f"import os; import tensorflow; os.environ['PYTHONPATH'] = {str(tmp_path)!r}\n"
-        "from pathlib import Path; from data.cifar10 import load_train\n"
-        f"images, labels = load_train(Path({str(tmp_path)!r})); print(images.shape, labels[:5].tolist())"
+        "import sys; from pathlib import Path; from models.keras import train\n"
+        "assert {'torchvision', 'tensorflow'} <= set(sys.modules)\n"
+        "from torchvision.datasets import CIFAR10\n"
+        f"for name, value in {lists}.items(): setattr(CIFAR10, name, value)\n"
+        f"images, labels = train.load_train(Path({str(tmp_path)!r}))\n"
+        "print(images.shape, labels[:5].tolist())"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     labels = [tiny["data_batch_1.bin"][i * RECORD_BYTES] for i in range(5)]
@@ -377,7 +368,7 @@ def official_members(content):
     return {f"cifar-10-batches-bin/{name}": records for name, records in content.items()}
 
 
-def test_download_in_its_own_process(tmp_path, tiny, serve):
+def test_download(tmp_path, tiny, serve, capfd):
     data_dir = tmp_path / "new folder"
     serve(make_archive({"cifar-10-batches-bin/readme.html": b"<p>", **official_members(tiny)}))
     test_set = load_test(data_dir, download=True)
@@ -385,9 +376,19 @@ def test_download_in_its_own_process(tmp_path, tiny, serve):
     assert to_records(test_set.images, test_set.labels) == tiny["test_batch.bin"]
     assert files_below(data_dir) == official_members(tiny)
     assert sorted(path.name for path in data_dir.iterdir()) == ["cifar-10-batches-bin"]
+    assert capfd.readouterr() == ("", "")  # a progress bar is for a terminal
+    assert socket.getdefaulttimeout() is None
 
 
-def test_download_is_not_repeated(tmp_path, tiny, serve, in_this_process):
+def test_progress_is_shown_on_a_terminal_and_never_on_stdout(tmp_path, tiny, serve, capfd, monkeypatch):
+    serve(make_archive(official_members(tiny)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    load_test(tmp_path, download=True)
+    out, err = capfd.readouterr()
+    assert (out, "100" in err) == ("", True)
+
+
+def test_download_is_not_repeated(tmp_path, tiny, serve):
     server = serve(make_archive(official_members(tiny)))
     images, labels = load_train(tmp_path, download=True)
     assert to_records(images, labels) == training_records(tiny)
@@ -414,25 +415,24 @@ def assert_nothing_left(data_dir):
     ],
 )
 @pytest.mark.parametrize("load", [load_test, load_train])
-def test_failing_servers(
-    tmp_path, tiny, serve, in_this_process, monkeypatch, behaviour, status, reason, load
-):
+def test_failing_servers(tmp_path, tiny, serve, monkeypatch, behaviour, status, reason, load):
     serve(make_archive(official_members(tiny)), behaviour, status)
     monkeypatch.setattr(cifar10, "NETWORK_TIMEOUT", 0.3)
     message = one_line_error(load, tmp_path, download=True)
     assert cifar10.ARCHIVE_URL in message
     assert reason in message
+    assert socket.getdefaulttimeout() is None
     assert_nothing_left(tmp_path)
 
 
-def test_another_archive_is_refused(tmp_path, tiny, serve, in_this_process, monkeypatch):
+def test_another_archive_is_refused(tmp_path, tiny, serve, monkeypatch):
     serve(make_archive(official_members(tiny)))
     monkeypatch.setattr(cifar10, "ARCHIVE_MD5", "0" * 32)
     assert f"MD5 is not {'0' * 32}" in one_line_error(load_test, tmp_path, download=True)
     assert_nothing_left(tmp_path)
 
 
-def test_connection_refused_in_its_own_process(tmp_path, monkeypatch):
+def test_connection_refused(tmp_path, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         monkeypatch.setattr(cifar10, "ARCHIVE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}/a.tar.gz")
@@ -443,7 +443,7 @@ def test_connection_refused_in_its_own_process(tmp_path, monkeypatch):
     assert_nothing_left(tmp_path)
 
 
-def test_only_regular_members_of_expected_names_are_written(tmp_path, tiny, serve, in_this_process):
+def test_only_regular_members_of_expected_names_are_written(tmp_path, tiny, serve):
     members = official_members(tiny)
     del members["cifar-10-batches-bin/test_batch.bin"]
     data_dir = tmp_path / "data"
@@ -459,7 +459,7 @@ def test_only_regular_members_of_expected_names_are_written(tmp_path, tiny, serv
     assert files_below(tmp_path) == {f"data/{name}": content for name, content in members.items()}
 
 
-def test_archive_with_a_damaged_member_is_refused(tmp_path, tiny, serve, in_this_process):
+def test_archive_with_a_damaged_member_is_refused(tmp_path, tiny, serve):
     members = official_members(tiny)
     members["cifar-10-batches-bin/test_batch.bin"] = b"\0" * 20 * RECORD_BYTES
     serve(make_archive({"cifar-10-batches-bin/test_batch.bin": b"", **members}))
@@ -467,9 +467,9 @@ def test_archive_with_a_damaged_member_is_refused(tmp_path, tiny, serve, in_this
     assert_nothing_left(tmp_path)
 
 
-def test_interrupted_download_leaves_nothing(tmp_path, tiny, in_this_process, monkeypatch):
+def test_interrupted_download_leaves_nothing(tmp_path, tiny, monkeypatch):
     def interrupted(url, md5, path, timeout):
-        Path(path).write_bytes(b"half of it")
+        path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cifar10, "_fetch", interrupted)
@@ -478,9 +478,7 @@ def test_interrupted_download_leaves_nothing(tmp_path, tiny, in_this_process, mo
     assert_nothing_left(tmp_path)
 
 
-def test_disk_full_while_unpacking_leaves_whole_files_only(
-    tmp_path, tiny, serve, in_this_process, monkeypatch
-):
+def test_disk_full_while_unpacking_leaves_whole_files_only(tmp_path, tiny, serve, monkeypatch):
     serve(make_archive(official_members(tiny)))
     write, written = cifar10.write_atomically, []
 
@@ -498,7 +496,16 @@ def test_disk_full_while_unpacking_leaves_whole_files_only(
     assert "no complete" in one_line_error(load_train, tmp_path)
 
 
-def test_a_dying_process_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "_CHILD", "import os; os.abort()")
-    assert "ended with code -6" in one_line_error(load_test, tmp_path, download=True)
-    assert_nothing_left(tmp_path)
+@pytest.mark.parametrize(
+    ("error", "words"), [(EOFError("Ran out\n of input"), "Ran out of input"), (MemoryError(), "MemoryError")]
+)
+def test_whatever_torchvision_raises_is_one_line(tmp_path, monkeypatch, error, words):
+    from torchvision.datasets import CIFAR10
+
+    def fail(*arguments, **options):
+        print("torchvision's own words")
+        raise error
+
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    monkeypatch.setattr(CIFAR10, "__init__", fail)
+    assert one_line_error(load_test, tmp_path) == words

@@ -13,7 +13,7 @@ import torch
 from convert import convert_file
 from models.resnet8 import ResNet8
 from tests.conftest import ROOT
-from tests.keras_models import CLASSES, SHAPE, VARIANTS, WIDTH, WRITERS
+from tests.keras_files.networks import CLASSES, SHAPE, VARIANTS, WIDTH, WRITERS
 
 FORMATS = {  # suffix: who writes it, what the reader calls it
     ".h5": (WRITERS, ".h5 whole model"),
@@ -87,17 +87,7 @@ def test_says_what_was_assumed_and_converted(keras_files, reader, tmp_path, caps
         assert re.search(rf"{policy}.*converted to float32", capsys.readouterr().out)
 
 
-def test_kind_is_told_from_the_content(keras_files, reader, tmp_path):
-    shutil.copy(keras_files / "keras" / "plain.keras", tmp_path / "model.h5")
-    shutil.copy(keras_files / "keras" / "plain.h5", tmp_path / "model.keras")
-    assert (
-        ".keras archive" in convert_file(tmp_path / "model.h5", tmp_path / "a.pt", reader)["source"]["format"]
-    )
-    assert (
-        ".h5 whole" in convert_file(tmp_path / "model.keras", tmp_path / "a.pt", reader)["source"]["format"]
-    )
-
-
+@pytest.mark.long
 def test_many_files_verified_by_keras_in_one_call(keras_files, tmp_path):
     """The command goes on after a failure, and Keras agrees with every other file, whatever its format."""
     chosen = {

@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from tests.keras_reference import ROOT
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.long
 
 SET_UP = """
 import json, sys
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models import keras_resnet8 as twin
+from models.keras import train as twin
 
 rng = np.random.default_rng(0)
 """
@@ -25,7 +27,7 @@ import tensorflow as tf
 
 x = tf.constant(rng.normal(3, 2, (128, 8, 8, 6)), tf.float32)
 seen = {}
-for kind in (twin.layers.BatchNormalization, twin.FusedBatchNormalization):
+for kind in (twin.keras.layers.BatchNormalization, twin.FusedBatchNormalization):
     layer = kind()
     layer.build(x.shape)
     layer.set_weights([np.linspace(0.5, 1.5, 6), np.linspace(-1, 1, 6), np.zeros(6), np.ones(6)])
@@ -100,7 +102,7 @@ def test_stopped_training_resumes_where_it_was(tmp_path):
 
 def test_missing_data_is_one_line(tmp_path):
     """No data, no training; the message says what to do, with status 1."""
-    command = [sys.executable, "-m", "models.keras_resnet8", "--data-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "models.keras.train", "--data-dir", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith("error: no complete CIFAR-10 training set in")

@@ -48,7 +48,7 @@ def evaluate_folded(job: Job, fold: bool = True) -> Contender:
     """Load evaluate.py's inference, with its defaults."""
     import torch
 
-    from models import inference
+    from models.evaluation import inference
     from models.resnet8 import ResNet8
 
     device = inference.choose_device("cpu")

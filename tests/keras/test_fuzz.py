@@ -1,8 +1,11 @@
 """Several hundred damaged files; `python -m tests.fuzz` makes thousands."""
 
+import pytest
+
 from tests import fuzz
 
 
+@pytest.mark.long
 def test_damaged_files_are_converted_or_refused(keras_files):
     counts, failures = fuzz.run(keras_files, count=400, seed=0)
     assert not failures, "\n".join(failures)

@@ -1,19 +1,15 @@
 """The figure of an evaluation: where a model errs, and where it differs from another."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import matplotlib
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES, Dataset
+from models.evaluation.metrics import Predictions
 
 matplotlib.use("Agg")  # draws into a file, on a machine without a screen too
 import matplotlib.pyplot as plt
-
-if TYPE_CHECKING:
-    from evaluate import Predictions
 
 # Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color/).
 BLUE, ORANGE = "#0072B2", "#E69F00"
@@ -22,7 +18,7 @@ SMALLEST = 1e-10  # the least difference in a probability on the log axis
 
 
 def draw_report(
-    file: BinaryIO, title: str, dataset: Dataset, model: Predictions, reference: Predictions | None
+    file: BinaryIO, title: str, dataset: Dataset, ours: Predictions, reference: Predictions | None
 ) -> None:
     """Write a PNG: confusion matrix, accuracy per class, differences to `reference`, most confident mistakes.
 
@@ -30,22 +26,22 @@ def draw_report(
     """
     with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}):
         figure = plt.figure(figsize=(10, 8.5), layout="constrained")
-        figure.suptitle(f"{title}: {model.name} {100 * model.metrics['accuracy']:.2f} %", fontsize=12)
+        figure.suptitle(f"{title}: {ours.name} {100 * ours.metrics['accuracy']:.2f} %", fontsize=12)
         above, below = figure.subfigures(2, 1, height_ratios=(6.5, 1.95))
         panels = above.subplot_mosaic(
             [["confusion", "classes"], ["confusion", "differences"]], width_ratios=(6, 4)
         )
-        draw_confusion(panels["confusion"], model)
-        draw_classes(panels["classes"], [model, *([reference] if reference else [])])
-        draw_differences(panels["differences"], model, reference)
-        draw_mistakes(below, dataset, model)
+        draw_confusion(panels["confusion"], ours)
+        draw_classes(panels["classes"], ours, reference)
+        draw_differences(panels["differences"], ours, reference)
+        draw_mistakes(below, dataset, ours)
         figure.savefig(file, format="png", dpi=150)
         plt.close(figure)
 
 
-def draw_confusion(axes: plt.Axes, model: Predictions) -> None:
+def draw_confusion(axes: plt.Axes, ours: Predictions) -> None:
     """Draw the confusion matrix with its counts. Colours follow their roots, so that mistakes can be seen."""
-    counts = np.array(model.metrics["confusion_matrix"])
+    counts = np.array(ours.metrics["confusion_matrix"])
     axes.imshow(np.sqrt(counts), cmap="Blues")
     for (row, column), count in np.ndenumerate(counts):
         dark = np.sqrt(count) > 0.55 * np.sqrt(counts.max())
@@ -56,13 +52,14 @@ def draw_confusion(axes: plt.Axes, model: Predictions) -> None:
     axes.set(title="Confusion matrix (images)", xlabel="predicted class", ylabel="true class")
 
 
-def draw_classes(axes: plt.Axes, models: list[Predictions]) -> None:
-    """Draw each class's accuracy, the models side by side."""
-    height = 0.8 / len(models)
-    for index, (model, color) in enumerate(zip(models, (BLUE, ORANGE), strict=False)):
-        percents = 100 * np.array(list(model.metrics["per_class_accuracy"].values()))
-        places = np.arange(len(CLASS_NAMES)) + (index - (len(models) - 1) / 2) * height
-        axes.barh(places, percents, height, color=color, label=model.name)
+def draw_classes(axes: plt.Axes, ours: Predictions, reference: Predictions | None) -> None:
+    """Draw each class's accuracy, the reference's beside it."""
+    shown = [ours, reference] if reference else [ours]
+    height = 0.8 / len(shown)
+    for index, (each, color) in enumerate(zip(shown, (BLUE, ORANGE), strict=False)):
+        percents = 100 * np.array(list(each.metrics["per_class_accuracy"].values()))
+        places = np.arange(len(CLASS_NAMES)) + (index - (len(shown) - 1) / 2) * height
+        axes.barh(places, percents, height, color=color, label=each.name)
     axes.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
     axes.invert_yaxis()
     axes.set(title="Accuracy per class (%)", xlim=(0, 100))
@@ -70,13 +67,13 @@ def draw_classes(axes: plt.Axes, models: list[Predictions]) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def draw_differences(axes: plt.Axes, model: Predictions, reference: Predictions | None) -> None:
+def draw_differences(axes: plt.Axes, ours: Predictions, reference: Predictions | None) -> None:
     """Draw how far each image's probabilities are from the reference's, on a log axis."""
     if reference is None:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no Keras baseline to compare with", ha="center", va="center")
         return
-    differences = np.abs(model.probabilities - reference.probabilities).max(axis=1)
+    differences = np.abs(ours.probabilities - reference.probabilities).max(axis=1)
     bins = np.logspace(np.log10(SMALLEST), max(0.5 + np.log10(differences.max(initial=SMALLEST)), -5), 50)
     axes.hist(differences.clip(SMALLEST), bins, color=BLUE)
     axes.set_xscale("log")
@@ -88,10 +85,10 @@ def draw_differences(axes: plt.Axes, model: Predictions, reference: Predictions 
     )
 
 
-def draw_mistakes(figure: plt.Figure, dataset: Dataset, model: Predictions) -> None:
+def draw_mistakes(figure: plt.Figure, dataset: Dataset, ours: Predictions) -> None:
     """Draw the images that were taken for a wrong class with the highest probability."""
-    wrong = np.flatnonzero(model.classes != dataset.labels)
-    confidence = model.probabilities.max(axis=1)
+    wrong = np.flatnonzero(ours.classes != dataset.labels)
+    confidence = ours.probabilities.max(axis=1)
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")[:MISTAKES]]
     figure.suptitle(
         "Most confident mistakes (predicted class, its probability, true class)", fontsize=10, weight="bold"
@@ -100,5 +97,5 @@ def draw_mistakes(figure: plt.Figure, dataset: Dataset, model: Predictions) -> N
         axes.set_axis_off()
         if image is not None:
             axes.imshow(dataset.images[image].transpose(1, 2, 0))
-            predicted, true = CLASS_NAMES[model.classes[image]], CLASS_NAMES[dataset.labels[image]]
+            predicted, true = CLASS_NAMES[ours.classes[image]], CLASS_NAMES[dataset.labels[image]]
             axes.set_title(f"{predicted}\n{confidence[image]:.4f}\ntrue: {true}", fontsize=8, weight="normal")

@@ -1,21 +1,16 @@
-"""Writes what Keras computes, in float64: the references of `test_resnet8.py` and `test_convert.py`.
+"""Writes what Keras computes, in float64: of single layers, of padding, and of whole models in both modes.
 
-    python -m tests.keras_reference OUT_DIR
+    python -m tests.keras_files.references OUT_DIR
 
-OUT_DIR gets `NAME.h5` for each of MODELS, and `reference.npz`. Keras runs in this process alone: the tests
-call `write_references`, which starts it once.
+OUT_DIR gets `NAME.h5` for each of MODELS, and `reference.npz`. Keras runs in this process alone.
 """
 
-import functools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # name -> (classes, width, input shape). The odd one goes from 21 x 30 over 11 x 15 to 6 x 8: 'same' padding
 # of odd and even sizes; it has as many channels as filters, so that no shape tells a kernel's axes apart.
@@ -23,18 +18,6 @@ MODELS = {"resnet8": (10, 16, (32, 32, 3)), "odd": (7, 4, (21, 30, 4))}
 BATCH = 8
 
 SIZES, KERNELS, STRIDES = range(1, 41), range(1, 6), range(1, 4)
-
-
-@functools.cache
-def write_references(temporary: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    """Write a folder in `temporary`, once a session; return it, and the arrays of `reference.npz`."""
-    folder = temporary / "keras_reference"
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.keras_reference", str(folder)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    with np.load(folder / "reference.npz") as arrays:
-        return folder, dict(arrays)
 
 
 def same_padding(keras, rng) -> dict:
@@ -73,8 +56,8 @@ def single_layers(keras, rng, randomize) -> dict:
 
 def whole_model(name, keras, tf, rng, folder, randomize) -> dict:
     """Write NAME.h5; return its outputs, loss, gradients and, after a step in train mode, statistics."""
-    from models.keras_process import with_dtype
-    from models.keras_resnet8 import resnet8
+    from models.keras.resnet8 import resnet8
+    from models.keras.server import with_dtype
 
     classes, width, shape = MODELS[name]
     model = resnet8(classes, width, shape)
@@ -105,7 +88,7 @@ def main() -> None:
     import keras
     import tensorflow as tf
 
-    from tests.keras_models import randomize
+    from tests.keras_files.networks import randomize
 
     folder, rng = Path(sys.argv[1]), np.random.default_rng(0)
     found = same_padding(keras, rng) | single_layers(keras, rng, randomize)

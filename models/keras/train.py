@@ -1,11 +1,8 @@
-"""The Keras twin of `models/resnet8.py`, and its training on CIFAR-10.
+"""The training of the Keras ResNet8 on CIFAR-10: how the bundled model was made.
 
-The same network, layer for layer: three stages of one residual block, of 16, 32 and 64 filters; 78,666
-parameters. It takes raw pixels (float32, 0 to 255, NHWC) and returns class probabilities. Architecture:
-MLPerf Tiny's image classification reference (Banbury et al. 2021, arXiv:2106.07597; mlcommons/tiny,
-`benchmark/training/image_classification/keras_model.py`), after He et al. 2015, arXiv:1512.03385.
+    python -m models.keras.train --data-dir DIR --epochs N --output FILE.h5 --seed S
 
-    python -m models.keras_resnet8 --data-dir DIR --epochs N --output FILE.h5 --seed S
+trains `models/keras/resnet8.py` and writes FILE.h5; started again, it goes on from where it was stopped.
 """
 
 import argparse
@@ -14,14 +11,16 @@ import os
 import sys
 from pathlib import Path
 
+import torchvision  # noqa: F401  # `load_train` may need it, and importing it after TensorFlow crashes Python
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import layers
 
 from data.cifar10 import DataError, load_train
+from models.keras.resnet8 import resnet8
 
 # The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2), longer, with a warmed-up cosine schedule.
 # Keras's weight decay is decoupled from the momentum: 1e-3 is 1e-3 * (1 - 0.9) = 1e-4 in `torch.optim.SGD`.
@@ -33,35 +32,7 @@ WEIGHT_DECAY = 1e-3
 CROP_PADDING = 4  # pixels, black
 
 
-def resnet8(
-    num_classes: int = 10,
-    width: int = 16,
-    input_shape: tuple[int, int, int] = (32, 32, 3),
-    batch_norm: type[layers.BatchNormalization] = layers.BatchNormalization,
-) -> keras.Model:
-    """Return an untrained ResNet8: (N, H, W, C) float32 pixels, 0 to 255, to (N, num_classes) softmax."""
-
-    def conv(filters: int, kernel_size: int = 3, strides: int = 1) -> layers.Conv2D:
-        return layers.Conv2D(filters, kernel_size, strides, padding="same", kernel_initializer="he_normal")
-
-    def block(x: keras.KerasTensor, filters: int, strides: int) -> keras.KerasTensor:
-        y = layers.ReLU()(batch_norm()(conv(filters, strides=strides)(x)))
-        y = batch_norm()(conv(filters)(y))
-        shortcut = x if strides == 1 else conv(filters, kernel_size=1, strides=strides)(x)
-        return layers.ReLU()(layers.Add()([y, shortcut]))
-
-    inputs = layers.Input(input_shape)
-    x = layers.ReLU()(batch_norm()(conv(width)(inputs)))
-    x = block(x, width, strides=1)
-    x = block(x, 2 * width, strides=2)
-    x = block(x, 4 * width, strides=2)
-    x = layers.GlobalAveragePooling2D()(x)
-    # float32 even when the rest is trained in mixed precision: a bfloat16 probability has only 8 bits
-    outputs = layers.Dense(num_classes, activation="softmax", dtype="float32")(x)
-    return keras.Model(inputs, outputs, name="resnet8")
-
-
-class FusedBatchNormalization(layers.BatchNormalization):
+class FusedBatchNormalization(keras.layers.BatchNormalization):
     """BatchNormalization that trains in one operation, which halves the time of an epoch on a CPU.
 
     Keras computes the same in a dozen. The variables are the same; the moving variance takes in the batch's
@@ -196,9 +167,7 @@ def plot_curves(log: Path, figure_path: Path) -> None:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        prog="python -m models.keras_resnet8", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m models.keras.train", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data"), help="holds cifar-10-batches-bin/ (default: data)"
     )

@@ -92,7 +92,7 @@ def predict(
     if device.type == "cuda":
         pixels = pixels.pin_memory()  # so that a copy can go on beside the arithmetic
 
-    def run(start: int) -> Tensor:
+    def logits_from(start: int) -> Tensor:
         with torch.inference_mode():
             batch = pixels[start : start + batch_size].to(device, non_blocking=True)
             batch = batch.to(arithmetic, memory_format=torch.channels_last)
@@ -106,7 +106,7 @@ def predict(
     torch.set_num_threads(1)  # inside an operator
     try:
         with ThreadPoolExecutor(workers) as pool:
-            logits = list(track(pool.map(run, starts), len(starts)))
+            logits = list(track(pool.map(logits_from, starts), len(starts)))
     finally:
         torch.set_num_threads(threads)
     return torch.cat(logits).cpu().double().numpy()

@@ -1,0 +1,117 @@
+"""What the Keras model makes of the images: asked of Keras once, and kept beside the checkpoint."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.cifar10 import CLASS_NAMES, Dataset
+from data.files import write_atomically
+from models.checkpoint import Checkpoint, sha256_of
+from models.errors import KerasFileError
+from models.evaluation.metrics import Predictions
+from models.evaluation.results import Notes
+
+
+def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes) -> Path | None:
+    """Return the Keras file to compare with: `keras_file`, else the checkpoint's source if still there."""
+    source = checkpoint.metadata.get("source", {})
+    if keras_file:
+        if source.get("sha256") != sha256_of(keras_file):
+            notes.add(f"{keras_file} is not the file that {checkpoint.path} was converted from")
+        return keras_file
+    described_in = checkpoint.path.with_suffix(".json")
+    path = described_in.parent / source.get("file", "")
+    if "file" not in source or "sha256" not in source:
+        problem = f"{described_in} names no source file"
+    elif not path.is_file():
+        problem = f"{path}, the source in {described_in.name}, is not there"
+    elif sha256_of(path) != source["sha256"]:
+        problem = f"{path} is not what {checkpoint.path.name} was converted from: its SHA-256 differs"
+    else:
+        return path
+    notes.add(f"no Keras baseline: {problem}; --keras FILE names one")
+    return None
+
+
+def keras_predictions(
+    keras_file: Path, checkpoint: Checkpoint, dataset: Dataset, python: str, notes: Notes
+) -> Predictions:
+    """Return what the Keras model makes of the images: as kept beside the checkpoint, or from Keras itself.
+
+    Kept are Keras's probabilities and the key that they belong to: SHA-256 of the Keras file and of the
+    images, and what the Keras model is fed. `python` is the program that runs Keras. Raises KerasFileError,
+    ValueError or WorkerError with one line.
+    """
+    # what the Keras model is fed differs from what ours is fed when the scaling is a layer of the Keras model
+    scaling = checkpoint.metadata.get("source", {}).get("input", {})
+    mean, std = scaling.get("mean", checkpoint.mean), scaling.get("std", checkpoint.std)
+    key = json.dumps({"keras": sha256_of(keras_file), "images": dataset.sha256, "mean": mean, "std": std})
+    cache = checkpoint.path.with_suffix(".keras.npz")
+    shape = (len(dataset.labels), len(CLASS_NAMES))
+    probabilities = read_cache(cache, key, shape, notes)
+    if probabilities is None:
+        notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
+        bn_eps = checkpoint.model.bn1.eps  # weights alone do not say it
+        probabilities = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python)
+        if probabilities.shape != shape or not np.isfinite(probabilities).all():
+            raise ValueError(
+                f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}"
+            )
+        try:
+            content = {"key": np.array(key), "probabilities": probabilities}
+            write_atomically(cache, lambda file: np.savez(file, **content))
+        except OSError as error:
+            notes.add(f"{cache} cannot be written: {error.strerror}; the next run will ask Keras again")
+    # A float32 probability can be too small to be told from 0.
+    log_probabilities = np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
+    return Predictions("Keras", keras_file, log_probabilities, dataset.labels)
+
+
+def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> np.ndarray | None:
+    """Return the float32 probabilities kept in `cache`; None if damaged or kept under another `key`."""
+    if not cache.exists():
+        return None
+    try:
+        with np.load(cache, allow_pickle=False) as content:
+            if str(content["key"]) != key:
+                notes.add(f"{cache} is of another Keras file, other images or another scaling: made again")
+                return None
+            probabilities = content["probabilities"]  # the zip file's checksum is compared here
+        if probabilities.shape != shape or probabilities.dtype != np.float32:
+            raise ValueError
+        return probabilities
+    except Exception:  # np.load raises whatever the damage leads to
+        notes.add(f"{cache} is damaged: made again")
+        return None
+
+
+def ask_keras(
+    keras_file: Path, bn_eps: float, images: np.ndarray, mean: list[float], std: list[float], python: str
+) -> np.ndarray:
+    """Return Keras's (N, classes) float32 probabilities of (N, C, H, W) uint8 images.
+
+    `bn_eps` is for a file of weights alone, which does not say it; the Keras model is fed
+    (pixel - mean) / std, a value a channel. Raises as `keras_predictions` does.
+    """
+    from models.graph import with_graph  # a run that finds the answer kept needs none of these
+    from models.keras.file import read_keras_file, start_reader
+    from models.keras.process import KerasProcess
+
+    with start_reader() as reader, KerasProcess(python) as keras:
+        file = read_keras_file(keras_file, reader)
+        try:
+            file = with_graph(file, bn_eps)
+            takes = tuple(file.input_shape)
+        except KerasFileError as error:  # which does not name the file
+            raise KerasFileError(f"{keras_file}: {error}") from None
+        needed = (images.shape[2], images.shape[3], images.shape[1])
+        if any(n not in (None, m) for n, m in zip(takes, needed, strict=True)):
+            raise ValueError(f"{keras_file}: takes {takes} images, CIFAR-10's are {needed}")
+        keras.load(file)
+        output = file.layers[-1].name
+        outputs = keras.activations(images, mean, std, "float32", layers=[output])[output]
+    if file.returns_probabilities:
+        return outputs
+    return torch.from_numpy(outputs.astype(np.float64)).softmax(dim=1).float().numpy()

@@ -1,0 +1,94 @@
+"""What one model makes of the images, how good that is, and how two models differ."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data.cifar10 import CLASS_NAMES
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What one model makes of the images, and how fast."""
+
+    name: str  # in tables: the file's name
+    path: Path
+    log_probabilities: np.ndarray  # (N, classes) float64
+    labels: np.ndarray  # (N,) int64: the true classes
+    throughput: dict | None = None  # None: Keras, whose speed is not measured here
+
+    @cached_property
+    def classes(self) -> np.ndarray:
+        """The predicted classes, (N,) int64."""
+        return self.log_probabilities.argmax(axis=1)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(N, classes) float64."""
+        return np.exp(self.log_probabilities)
+
+    @cached_property
+    def metrics(self) -> dict:
+        """Accuracy (fractions of 1), loss (mean cross-entropy, in nats), and the confusion matrix.
+
+        Row i, column j of the matrix counts the images of class i that were taken for class j.
+        """
+        images, classes = self.log_probabilities.shape
+        confusion = np.bincount(self.labels * classes + self.classes, minlength=classes**2)
+        confusion = confusion.reshape(classes, classes)
+        per_class = confusion.diagonal() / confusion.sum(axis=1)
+        correct = int(confusion.trace())
+        return {
+            "accuracy": correct / images,
+            "correct": correct,
+            "confidence_interval_95": wilson_interval(correct, images),
+            "loss": float(-self.log_probabilities[np.arange(images), self.labels].mean()),
+            "per_class_accuracy": dict(zip(CLASS_NAMES, per_class.tolist(), strict=True)),
+            "confusion_matrix": confusion.tolist(),
+        }
+
+
+def compare(first: Predictions, second: Predictions) -> dict:
+    """Return how two models agree, image by image; differences are second minus first."""
+    first_right, second_right = (each.classes == each.labels for each in (first, second))
+    only_first = int((first_right & ~second_right).sum())
+    only_second = int((second_right & ~first_right).sum())
+    return {
+        "models": [first.name, second.name],
+        "same_prediction": int((first.classes == second.classes).sum()),
+        "max_abs_probability_difference": float(np.abs(first.probabilities - second.probabilities).max()),
+        "accuracy_difference": (only_second - only_first) / len(first.labels),
+        "mcnemar_p": mcnemar_p(only_first, only_second),
+    }
+
+
+def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+    """Return an accuracy's 95 % confidence interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    z = 1.959963984540054  # the normal distribution's quantile at 97.5 %
+    accuracy = correct / images
+    center = accuracy + z**2 / (2 * images)
+    margin = z * math.sqrt(accuracy * (1 - accuracy) / images + z**2 / (4 * images**2))
+    low, high = ((center + sign * margin) / (1 + z**2 / images) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Return how likely two equally good models differ this much on the same images: McNemar's exact test.
+
+    `only_first` images are right in the first model alone, `only_second` in the second alone; if the models
+    are equally good, each of these is a toss of a coin. Two-sided (McNemar 1947, doi:10.1007/BF02295996).
+    """
+    tosses, fewer = only_first + only_second, min(only_first, only_second)
+    ways = total = 1  # ways to get 0 heads, 1 head, ... in so many tosses, as exact integers
+    for heads in range(fewer):
+        ways = ways * (tosses - heads) // (heads + 1)
+        total += ways
+    return min(1.0, 2 * total / 2**tosses)
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """Return the files' names; the whole paths of those whose names are not unique."""
+    return [str(path) if [p.name for p in paths].count(path.name) > 1 else path.name for path in paths]

@@ -1,0 +1,128 @@
+"""A Keras model file, and its layers in one form, whatever its format.
+
+`read_keras_file` takes `.h5` whole models and weights of Keras 2 and 3, `.keras` archives, `.weights.h5`.
+They are read with h5py, json and zipfile: never through Keras, and running no code from them. The reading
+happens in a process of its own (`models/keras/reader.py`), because damaged bytes can crash the HDF5 library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from models.errors import KerasFileError
+from models.worker import Worker, WorkerError
+
+# What is read at most. A ResNet8 of width 256 has 20 million parameters: 80 MB, and its optimizer's state.
+MAX_FILE_BYTES = 256 * 2**20
+MAX_SECONDS = 15  # damage can make the HDF5 library loop for ever
+
+# Layers that do nothing at inference.
+TRAINING_LAYERS = set(
+    """
+    Dropout SpatialDropout2D GaussianNoise GaussianDropout AlphaDropout ActivityRegularization
+    RandomFlip RandomRotation RandomTranslation RandomZoom RandomContrast RandomBrightness
+    RandomHeight RandomWidth RandomErasing RandomHue RandomSaturation RandomSharpness
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the graph. A layer of a nested model is named `model/layer`."""
+
+    name: str
+    class_name: str
+    config: dict
+    inputs: tuple[str, ...]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # by variable; as stored, in Keras's layout
+
+
+@dataclass(frozen=True)
+class KerasFile:
+    """A Keras model file: its bytes, and its layers in graph order (a layer follows all its inputs).
+
+    A file that holds weights alone says nothing of a graph. As it is read, its layers are the groups of
+    tensors in saved order: they have a name and arrays, and no more. `models/graph.py` gives them places.
+    """
+
+    path: Path
+    sha256: str
+    content: bytes
+    format: str  # what a person reads, such as "Keras 2.4.0 .h5 whole model"
+    keras_version: str | None
+    config: dict | None  # the checked configuration; None when the file has only weights
+    layers: tuple[Layer, ...]  # the first is the InputLayer, the last is the output
+    assumed: str | None = None  # what the file does not say and was assumed; None for a whole model
+    names_tensors: bool = True  # False: weights alone whose arrays go by "0", "1", ... in saved order
+
+    @property
+    def input_shape(self) -> list[int | None]:
+        """The model's input shape, [height, width, channels]; height and width may be None: any.
+
+        Raises KerasFileError when the input is no image.
+        """
+        config = self.layers[0].config
+        shape = config.get("batch_shape") or config.get("batch_input_shape")
+        is_image = isinstance(shape, list) and len(shape) == 4 and isinstance(shape[3], int)
+        if not is_image or not all(
+            size is None or (isinstance(size, int) and 0 < size <= 1024) for size in shape[1:]
+        ):
+            raise KerasFileError(f"the input's shape is {shape}, expected (None, height, width, channels)")
+        return shape[1:]
+
+    @property
+    def returns_probabilities(self) -> bool:
+        """Whether the output has been through a softmax; otherwise it is logits."""
+        output = self.layers[-1]
+        return output.class_name == "Softmax" or output.config.get("activation") == "softmax"
+
+
+def start_reader() -> Worker:
+    """Start the process that `read_keras_file` needs."""
+    return Worker("models.keras.reader")
+
+
+def read_keras_file(path: Path, reader: Worker) -> KerasFile:
+    """Read a Keras model or weights file of any format; its kind is told from its content.
+
+    Raises KerasFileError with one line when it cannot be read, is damaged, or is not what it should be.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise KerasFileError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise KerasFileError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, no ResNet8")
+    try:
+        reply, arrays = reader.ask({}, {"content": np.frombuffer(content, np.uint8)}, timeout=MAX_SECONDS)
+    except WorkerError as error:
+        reason = f"damaged: the HDF5 library fails on it ({error})" if error.status else error
+        raise KerasFileError(f"{path}: {reason}") from None
+    layers = tuple(
+        Layer(
+            layer["name"],
+            layer["class_name"],
+            layer["config"],
+            tuple(layer["inputs"]),
+            {variable: arrays[f"{index}:{variable}"] for variable in layer["variables"]},
+        )
+        for index, layer in enumerate(reply.pop("layers"))
+    )
+    sha256 = hashlib.sha256(content).hexdigest()
+    return KerasFile(path=path, sha256=sha256, content=content, layers=layers, **reply)
+
+
+def check_values(layers: Iterable[Layer]) -> None:
+    """Raise KerasFileError, naming the layer, for a value that is NaN or infinite, or a negative variance."""
+    for layer in layers:
+        for variable, array in layer.arrays.items():
+            if not np.isfinite(array).all():
+                raise KerasFileError(f"layer '{layer.name}': {variable} has values that are NaN or infinite")
+            if variable in ("moving_variance", "variance") and (array < 0).any():
+                raise KerasFileError(f"layer '{layer.name}': {variable} is negative ({array.min():g})")

@@ -1,0 +1,206 @@
+"""Keras, in a process of its own: `python -m models.keras.server` answers `KerasProcess`'s requests.
+
+It needs keras and numpy, not torch or h5py of this environment: `--keras-python` may name another one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+try:
+    import numpy as np
+except ImportError as error:  # a Python without numpy has no Keras
+    sys.exit(f"{sys.executable} cannot import Keras ({error}): install tensorflow, or name another Python")
+
+from models.errors import one_line
+from models.worker import WorkerError, serve
+
+BATCH_SIZE = 100
+TRAINING_ONLY = ("_initializer", "_regularizer", "_constraint")
+
+
+class Server:
+    """Answers the requests of `KerasProcess`."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, object] = {}  # by dtype
+        self.renamed: dict[str, str] = {}  # a layer's name in the rebuilt model -> in the file
+
+    def respond(self, request: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
+        """Call the method that `request` names; raises WorkerError with one line when Keras cannot."""
+        try:
+            return getattr(self, request.pop("do"))(arrays, **request)
+        except Exception as error:
+            raise WorkerError(f"Keras fails on the model: {one_line(error)}") from None
+
+    def load(self, arrays: dict[str, np.ndarray], config: dict | None, graph: list) -> tuple[dict, dict]:
+        """Load a model from the file's bytes, or from its graph and arrays."""
+        import keras
+
+        content, rebuilt = arrays.pop("content").tobytes(), "the file holds weights alone"
+        self.models, self.renamed, model = {}, {}, None
+        if config is not None:
+            try:
+                model, rebuilt = load_file(content, config), None
+            except Exception as error:
+                rebuilt = one_line(error)
+        if model is None:
+            model, self.renamed = rebuild(graph, arrays)
+        weights = [np.asarray(weight).astype(np.float32) for weight in model.get_weights()]
+        for dtype in ("float32", "float64"):
+            copy = keras.models.model_from_json(json.dumps(with_dtype(json.loads(model.to_json()), dtype)))
+            copy.set_weights(weights)
+            for _, layer in flat_layers(copy):
+                if hasattr(layer, "finalize_state"):  # a Normalization computes with copies of its weights
+                    layer.finalize_state()
+            self.models[dtype] = copy
+        trainable, statistics = count_parameters(model)
+        reply = {
+            "keras": keras.__version__,
+            "trainable": trainable,
+            "statistics": statistics,
+            "rebuilt": rebuilt,
+        }
+        return reply, {}
+
+    def activations(
+        self,
+        arrays: dict[str, np.ndarray],
+        mean: list[float],
+        std: list[float],
+        dtype: str,
+        layers: list[str] | None,
+    ) -> tuple[dict, dict[str, np.ndarray]]:
+        """Run the model on `images`, scaled, and return what each layer made of them."""
+        model, outputs = self.models[dtype], {}
+
+        def record(path: str, call: object) -> object:
+            def recorded(*args: object, **kwargs: object) -> object:
+                result = call(*args, **kwargs)
+                outputs.setdefault(path, []).append(np.asarray(result))
+                return result
+
+            return recorded
+
+        calls = [(self.renamed.get(path, path), layer, layer.call) for path, layer in flat_layers(model)]
+        for path, layer, call in calls:
+            if layers is None or path in layers:
+                layer.call = record(path, call)
+        for start in range(0, len(arrays["images"]), BATCH_SIZE):
+            pixels = arrays["images"][start : start + BATCH_SIZE].transpose(0, 2, 3, 1)  # NCHW -> NHWC
+            scaled = (pixels.astype(np.float64) - np.asarray(mean)) / np.asarray(std)
+            model(scaled.astype(dtype), training=False)
+        for _, layer, call in calls:
+            layer.call = call
+        return {}, {path: np.concatenate(batches) for path, batches in outputs.items()}
+
+
+def load_file(content: bytes, config: dict) -> object:
+    """Return a file's Keras model. Keras is given `config`, which our reader has checked, not the file's."""
+    import keras
+
+    with tempfile.TemporaryDirectory() as folder:
+        if content.startswith(b"PK"):
+            path = Path(folder) / "model.keras"
+            with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(path, "w") as target:
+                for name in ("metadata.json", "model.weights.h5"):
+                    target.writestr(name, source.read(name))
+                target.writestr("config.json", json.dumps(config))
+        else:
+            import h5py
+
+            path = Path(folder) / "model.h5"
+            path.write_bytes(content)
+            with h5py.File(path, "r+") as file:
+                file.attrs["model_config"] = json.dumps(config)
+        return keras.models.load_model(path, compile=False)
+
+
+def rebuild(graph: list, arrays: dict[str, np.ndarray]) -> tuple[object, dict[str, str]]:
+    """Return the Keras model of a graph and arrays that our reader found, and its layers' names there."""
+    import keras
+
+    tensors, names = {}, {}
+    for name, class_name, config, inputs in graph:
+        if class_name == "InputLayer":
+            shape = config.get("batch_shape") or config["batch_input_shape"]
+            first = tensors[name] = keras.Input(shape[1:])
+            continue
+        layer_class = getattr(keras.layers, class_name)
+        # initializers and the like change nothing here, and older versions spell them differently
+        known = inspect.signature(layer_class.__init__).parameters
+        options = {
+            key: value for key, value in config.items() if key in known and not key.endswith(TRAINING_ONLY)
+        }
+        if class_name == "BatchNormalization":
+            options["axis"] = -1  # Keras 2 writes [3]
+        layer = layer_class(**{**options, "name": f"layer_{len(names)}", "dtype": "float32"})
+        names[layer.name] = name
+        sources = [tensors[source] for source in inputs]
+        tensors[name] = layer(sources if len(sources) > 1 else sources[0])
+        values = [array for key, array in arrays.items() if key.rpartition(":")[0] == name]
+        if values:
+            layer.set_weights(values)
+    return keras.Model(first, tensors[name]), names
+
+
+def with_dtype(value: object, dtype: str) -> object:
+    """Return a configuration in which every layer computes in `dtype`."""
+    if isinstance(value, dict):
+        return {key: dtype if key == "dtype" else with_dtype(item, dtype) for key, item in value.items()}
+    return [with_dtype(item, dtype) for item in value] if isinstance(value, list) else value
+
+
+def flat_layers(model: object, prefix: str = "") -> list[tuple[str, object]]:
+    """Return (path, layer) of every layer, those of nested models included."""
+    found = []
+    for layer in model.layers:
+        path = f"{prefix}{layer.name}"
+        found += flat_layers(layer, f"{path}/") if hasattr(layer, "layers") else [(path, layer)]
+    return found
+
+
+def count_parameters(model: object) -> tuple[int, int]:
+    """Return the numbers of trainable parameters and of statistics, of the layers that ours has too."""
+
+    def count(variables: list) -> int:
+        return int(sum(np.prod(variable.shape) for variable in variables))
+
+    layers = [
+        layer
+        for _, layer in flat_layers(model)
+        if type(layer).__name__ in ("Conv2D", "BatchNormalization", "Dense")
+    ]
+    for layer in layers:
+        layer.trainable = True  # a frozen layer's kernels are parameters all the same
+    trainable = sum(count(layer.trainable_weights) for layer in layers)
+    return trainable, sum(count(layer.non_trainable_weights) for layer in layers)
+
+
+def main() -> None:
+    """Serve `KerasProcess`."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the reference is the CPU's arithmetic
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    try:
+        import keras  # noqa: F401  # imported while the caller reads and maps the file
+
+        respond = Server().respond
+    except ImportError as error:
+        reason = f"{sys.executable} cannot import Keras ({error}): install tensorflow, or name another Python"
+
+        def respond(request: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
+            raise WorkerError(reason)
+
+    serve(respond, refusals=(WorkerError,))
+
+
+if __name__ == "__main__":
+    main()

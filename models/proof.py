@@ -1,0 +1,152 @@
+"""The proof: parameter counts, every layer's activations and the probabilities, against Keras."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.cifar10 import load_test
+from models.errors import VerificationError
+from models.graph import GRAPH
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.keras.file import KerasFile, Layer
+    from models.keras.process import KerasProcess
+    from models.resnet8 import ResNet8
+    from models.tensors import Row
+
+Scaling = tuple[list[float], list[float]]  # (mean, std) a channel: a network is fed (pixel - mean) / std
+
+# How far PyTorch may be from Keras. In float64 two right networks differ by rounding alone: 3e-13 was
+# measured on the activations of the MLPerf Tiny model, 7e-15 on its probabilities.
+MAX_ACTIVATION_DIFFERENCE = 1e-10  # float64
+MAX_PROBABILITY_DIFFERENCE = {"float64": 1e-12, "float32": 1e-4}
+
+
+def compare_counts(rows: list[Row], model: ResNet8, loaded: dict | None) -> str:
+    """Return the parameter counts of both sides in words. Raises VerificationError if they differ.
+
+    Keras's side is counted by Keras, or from the file when it does not run. Constants that stand in for
+    variables that the file does not have are PyTorch's alone.
+    """
+    sources = [row for row in rows if row.source is not None]
+    statistics = sum(row.source.size for row in sources if row.variable.startswith("moving_"))
+    keras = (sum(row.source.size for row in sources) - statistics, statistics)
+    if loaded:
+        keras = (loaded["trainable"], loaded["statistics"])
+    constants = sum(int(np.prod(row.shape)) for row in rows if row.source is None)
+    trainable, statistics = count_parameters(model)
+    if (trainable - constants, statistics) != keras:
+        raise VerificationError(
+            f"Keras has {keras[0]:,} trainable parameters and {keras[1]:,} statistics, "
+            f"PyTorch {trainable - constants:,} and {statistics:,}"
+        )
+    added = f", and {constants:,} constants for variables that Keras leaves out" if constants else ""
+    return f"{keras[0]:,} trainable + {keras[1]:,} statistics = {sum(keras):,}, on both sides{added}"
+
+
+def count_parameters(model: ResNet8) -> tuple[int, int]:
+    """Return the numbers of trainable parameters and of statistics (without `num_batches_tracked`)."""
+    statistics = [
+        buffer for name, buffer in model.named_buffers() if not name.endswith("num_batches_tracked")
+    ]
+    return sum(p.numel() for p in model.parameters()), sum(buffer.numel() for buffer in statistics)
+
+
+def compare_numbers(
+    file: KerasFile,
+    places: dict[str, Layer],
+    model: ResNet8,
+    keras: KerasProcess,
+    keras_input: Scaling,
+    pytorch_input: Scaling,
+) -> dict:
+    """Compare PyTorch with Keras on real and random images, and return the largest differences by dtype.
+
+    The probabilities are compared on all images, every layer's activations on the first 100 real ones and on
+    the random ones. Raises VerificationError when one is beyond its bound; WorkerError when Keras fails.
+    """
+    import torch
+
+    def compare(place: str, ours: np.ndarray, theirs: np.ndarray) -> float:
+        difference = float(np.max(np.abs(ours - theirs.reshape(ours.shape))))
+        is_output = place == "probabilities"
+        bound = MAX_PROBABILITY_DIFFERENCE[dtype] if is_output else MAX_ACTIVATION_DIFFERENCE
+        if not difference <= bound and (is_output or dtype == "float64"):  # NaN is beyond every bound
+            where = place if is_output else f"{place} (Keras's '{places[place].name}')"
+            size = f"{difference:.1e} in {dtype}, at most {bound:.0e} expected"
+            raise VerificationError(f"the first difference from Keras is in {where}: {size}")
+        return difference
+
+    output, results, compared = file.layers[-1].name, {}, set()
+    for dtype in ("float64", "float32"):
+        network = model.to(getattr(torch, dtype)).eval()
+        results[dtype] = {"activations": 0.0, "probabilities": 0.0}
+        for images in probe_images(file.input_shape).values():
+            inputs = torch.from_numpy(normalize(images, *pytorch_input)).to(getattr(torch, dtype))
+            theirs = keras.activations(images[:100], *keras_input, dtype)
+            ours = layer_activations(network, inputs[:100])
+            for place in GRAPH:  # in the graph's order: the first that differs is the one that is wrong
+                # Keras's fc may have been through a softmax: then it is compared with the probabilities
+                comparable = place != "fc" or places["fc"].config.get("activation") != "softmax"
+                if comparable and places[place].name in theirs:
+                    compared.add(place)
+                    difference = compare(place, ours[place], theirs[places[place].name])
+                    results[dtype]["activations"] = max(results[dtype]["activations"], difference)
+            outputs = keras.activations(images, *keras_input, dtype, [output])[output]
+            with torch.inference_mode():
+                probabilities = network(inputs).softmax(1).numpy()
+            if not file.returns_probabilities:
+                outputs = torch.from_numpy(outputs).softmax(1).numpy()
+            difference = compare("probabilities", probabilities, outputs)
+            results[dtype]["probabilities"] = max(results[dtype]["probabilities"], difference)
+    model.float()
+    return {"layers": len(compared), **results}
+
+
+def probe_images(shape: list[int | None]) -> dict[str, np.ndarray]:
+    """Return (N, channels, height, width) float64 pixels, 0 to 255: the bundled images, and random ones."""
+    height, width, channels = shape[0] or 32, shape[1] or 32, shape[2]
+    real = load_test(Path(), "sample").images.astype(np.float64)
+    wrap = [(0, 0), (0, max(0, channels - 3)), (0, max(0, height - 32)), (0, max(0, width - 32))]
+    real = np.pad(real, wrap, mode="wrap")[:, :channels, :height, :width]
+    return {"real": real, "random": np.random.default_rng(0).uniform(0, 255, (100, channels, height, width))}
+
+
+def normalize(images: np.ndarray, mean: list[float], std: list[float]) -> np.ndarray:
+    """Return (images - mean) / std of (N, C, H, W) images."""
+    return (images - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
+
+
+def layer_activations(model: ResNet8, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return every layer's output for (N, C, H, W) images, by GRAPH's names, channels last as in Keras."""
+    import torch
+
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, value: torch.Tensor) -> None:
+        found[name] = value.movedim(1, -1).numpy().copy()  # the addition works in place
+
+    def watch(name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: object, inputs: tuple, output: torch.Tensor) -> None:
+            if not name.endswith(".relu"):
+                keep(name, output)
+            elif f"{name}1" not in found:  # a block's ReLU runs twice: after bn1, and after the addition
+                keep(f"{name}1", output)
+            else:
+                keep(f"{name.removesuffix('relu')}add", inputs[0])
+                keep(f"{name}2", output)
+
+        return module.register_forward_hook(hook)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    hooks = [watch(name, module) for name, module in leaves]
+    with torch.inference_mode():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return found

@@ -1,0 +1,193 @@
+"""The Keras baseline: its probabilities are asked for once, kept, and never mistaken for others."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from models.resnet8 import ResNet8
+from tests.evaluating import NOT_A_PYTHON, ROOT, command, evaluated, needs_real_model, refused
+
+
+@needs_real_model
+def test_agrees_with_keras(converted):
+    folder, stdout, metrics = converted
+    assert metrics["agreement"]["same_prediction"] == 1000
+    assert metrics["agreement"]["max_abs_probability_difference"] < 1e-5
+    assert metrics["keras"]["correct"] == metrics["pytorch"]["correct"] > 800
+    assert metrics["keras"]["loss"] == pytest.approx(metrics["pytorch"]["loss"], abs=1e-6)
+    assert metrics["keras"]["confusion_matrix"] == metrics["pytorch"]["confusion_matrix"]
+    assert metrics["keras"]["file"] == "model.h5"
+    assert metrics["throughput"]["batch_norm_folded"] is True
+    assert "asking Keras about 1,000 images" in stdout
+    assert {path.name for path in folder.iterdir()} == {
+        *("model.h5", "model.pt", "model.json", "model.keras.npz", "results")
+    }
+
+
+@needs_real_model
+def test_the_second_run_needs_no_keras(converted, real):
+    stdout, metrics = evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
+    assert "asking Keras" not in stdout
+    assert metrics["keras"] == converted[2]["keras"]
+    assert metrics["agreement"] == converted[2]["agreement"]
+
+
+@needs_real_model
+def test_the_second_run_imports_no_large_library(real):
+    code = f"""
+import runpy, sys
+sys.argv = ["evaluate.py", "model.pt", "--data", "sample"]
+try:
+    runpy.run_path({str(ROOT / "evaluate.py")!r}, run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+large = {{"torchvision", "matplotlib", "tensorflow", "keras", "h5py"}} & set(sys.modules)
+sys.exit(f"imported: {{large}}" if large else 0)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=real, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 0x55
+    path.write_bytes(content)
+
+
+def pickled(path):
+    np.savez(path, key=np.array({"a": 1}, dtype=object), probabilities=np.zeros((1000, 10), np.float32))
+
+
+def another_shape(path):
+    with np.load(path) as content:
+        key = content["key"]
+    np.savez(path, key=key, probabilities=np.zeros((999, 10), np.float32))
+
+
+@needs_real_model
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: flip(path, 0.5),
+        pickled,
+        another_shape,
+    ],
+    ids=["cut", "empty", "flipped bit", "pickle", "another shape"],
+)
+def test_damaged_probabilities_are_noticed(real, damage):
+    damage(real / "model.keras.npz")
+    line = refused("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)  # so it does ask Keras again
+    assert NOT_A_PYTHON in line and "--no-keras" in line
+
+
+@needs_real_model
+def test_damaged_probabilities_are_made_again(converted, real):
+    flip(real / "model.keras.npz", 0.5)
+    stdout, metrics = evaluated("model.pt", cwd=real)
+    assert "model.keras.npz is damaged: made again" in stdout
+    assert metrics["keras"] == converted[2]["keras"]
+    stdout, _ = evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
+    assert "damaged" not in stdout
+
+
+@needs_real_model
+@pytest.mark.parametrize("change", ["scaling", "Keras file"])
+def test_stale_probabilities_are_noticed(real, change):
+    metadata = json.loads((real / "model.json").read_text())
+    if change == "scaling":
+        metadata["source"]["input"]["mean"] = [1.0, 2.0, 3.0]
+    else:  # the same HDF5 content, another file
+        with (real / "model.h5").open("ab") as file:
+            file.write(bytes(8))
+        metadata["source"]["sha256"] = hashlib.sha256((real / "model.h5").read_bytes()).hexdigest()
+    (real / "model.json").write_text(json.dumps(metadata))
+    done = command("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
+    assert done.returncode == 1
+    assert "is of another Keras file, other images or another scaling: made again" in done.stdout
+
+
+@needs_real_model
+def test_probabilities_that_cannot_be_kept_are_used_all_the_same(real):
+    (real / "model.keras.npz").unlink()
+    (real / "model.keras.npz").mkdir()
+    stdout, metrics = evaluated("model.pt", cwd=real)
+    assert "model.keras.npz cannot be written" in stdout
+    assert metrics["agreement"]["same_prediction"] == 1000
+
+
+@needs_real_model
+def test_folds_only_as_long_as_keras_agrees(real):
+    """Probabilities that are 2e-5 off pass for Keras's, and are further off than folding may be."""
+    with np.load(real / "model.keras.npz") as content:
+        key, probabilities = content["key"], content["probabilities"].copy()
+    probabilities[0] += np.where(probabilities[0] > 0.5, -2e-5, 2e-5)
+    np.savez(real / "model.keras.npz", key=key, probabilities=probabilities)
+    stdout, metrics = evaluated("model.pt", cwd=real)
+    assert "unfolded" in stdout
+    assert metrics["throughput"]["batch_norm_folded"] is False
+    assert metrics["agreement"]["max_abs_probability_difference"] == pytest.approx(2e-5, rel=0.2)
+
+
+@needs_real_model
+def test_baseline_that_is_gone_or_another_is_said(real):
+    with (real / "model.h5").open("ab") as file:
+        file.write(b"x")
+    stdout, metrics = evaluated("model.pt", cwd=real)
+    assert "no Keras baseline: model.h5 is not what model.pt was converted from" in stdout
+    assert metrics["keras"] is None
+    (real / "model.h5").unlink()
+    stdout, metrics = evaluated("model.pt", cwd=real)
+    assert "no Keras baseline: model.h5, the source in model.json, is not there" in stdout
+    assert metrics["throughput"]["batch_norm_folded"] is False
+    line = refused("model.pt", "--max-drop", "0.01", cwd=real)  # a guard that cannot guard must not pass
+    assert "--max-drop" in line
+
+
+@needs_real_model
+def test_fine_tuned_checkpoint_is_told_from_the_converted_one(real):
+    model = ResNet8.from_checkpoint(real / "model.pt")
+    with torch.no_grad():
+        model.fc.bias[3] += 5
+    torch.save(model.state_dict(), real / "model.pt")
+    stdout, metrics = evaluated(
+        "model.pt", "--keras-python", NOT_A_PYTHON, "--max-drop", 0.02, cwd=real, status=3
+    )
+    assert "model.pt has changed since model.json was written" in stdout
+    assert metrics["throughput"]["batch_norm_folded"] is False
+    assert metrics["agreement"]["same_prediction"] < 1000
+    assert metrics["pytorch"]["correct"] < metrics["keras"]["correct"] - 20
+
+
+@needs_real_model
+def test_a_baseline_that_gives_logits_is_compared_by_its_probabilities(converted, real):
+    with h5py.File(real / "model.h5", "r+") as file:
+        softmax = file.attrs["model_config"]
+        file.attrs["model_config"] = softmax.replace('"softmax"', '"linear"')
+        assert file.attrs["model_config"] != softmax
+    _, metrics = evaluated("model.pt", "--keras", "model.h5", cwd=real)
+    assert metrics["keras"]["loss"] == pytest.approx(converted[2]["keras"]["loss"], rel=1e-6)
+    assert metrics["agreement"]["max_abs_probability_difference"] < 1e-5
+
+
+@needs_real_model
+def test_a_baseline_that_is_no_resnet8_is_named(real):
+    with h5py.File(real / "model.h5") as file, h5py.File(real / "weights.h5", "w") as weights:
+        saved = file["model_weights"]
+        kept = [name for name in saved.attrs["layer_names"] if "dense" not in name]
+        for name in kept:  # weights alone, one short
+            saved.copy(name, weights)
+        weights.attrs.update({**saved.attrs, "layer_names": kept})
+    line = refused("model.pt", "--keras", "weights.h5", cwd=real)
+    assert line.startswith("error: weights.h5: ") and line.count("weights.h5") == 1

@@ -1,0 +1,89 @@
+"""The figures, against independent ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.cifar10 import CLASS_NAMES
+from models.evaluation.metrics import Predictions, compare, mcnemar_p, short_names, wilson_interval
+from tests.evaluating import evaluated, random_model, save, scaling
+
+
+def test_metrics_agree_with_plain_pytorch(tmp_path, sample):
+    model = random_model()
+    save(model, tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    _, metrics = evaluated("model.pt", "--no-keras", cwd=tmp_path)
+
+    labels = torch.from_numpy(sample.labels)
+    with torch.inference_mode():
+        logits = model((torch.from_numpy(sample.images).float() - 120) / 64).double()
+    predicted = logits.argmax(1)
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    for true, guess in zip(labels, predicted, strict=True):
+        confusion[true, guess] += 1
+    ours = metrics["pytorch"]
+    assert ours["correct"] == int((predicted == labels).sum())
+    assert ours["accuracy"] == ours["correct"] / 1000
+    assert ours["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert ours["confusion_matrix"] == confusion.tolist()
+    per_class = {
+        name: (predicted[labels == i] == i).double().mean().item() for i, name in enumerate(CLASS_NAMES)
+    }
+    assert ours["per_class_accuracy"] == pytest.approx(per_class)
+    assert metrics["checkpoint"] == "model.pt"
+    assert metrics["dataset"] == {"name": sample.name, "images": 1000, "sha256": sample.sha256}
+    assert metrics["keras"] is None and metrics["agreement"] is None
+    throughput = metrics["throughput"]
+    assert throughput["images_per_second"] == pytest.approx(1000 / throughput["seconds"])
+    assert (throughput["dtype"], throughput["batch_norm_folded"]) == ("float32", False)
+    assert metrics["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("correct", "images", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_has_published_values(correct, images, low, high):
+    assert wilson_interval(correct, images) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson_interval(images - correct, images)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [(0, 0, 1), (5, 5, 1), (0, 5, 2 / 32), (1, 5, 14 / 64), (9, 1, 22 / 1024), (8, 2, 112 / 1024)],
+)
+def test_mcnemar_is_a_sign_test(first, second, p):
+    assert mcnemar_p(first, second) == mcnemar_p(second, first) == p
+
+
+def test_mcnemar_of_many_images_nears_the_normal_distribution():
+    first, second = 4900, 5100
+    z = (second - first - 1) / (first + second) ** 0.5  # with Edwards's continuity correction
+    assert mcnemar_p(first, second) == pytest.approx(torch.erfc(torch.tensor(z / 2**0.5)).item(), rel=1e-3)
+    assert mcnemar_p(0, 10_000) == 0.0
+
+
+def test_compare_counts_image_by_image():
+    def model(name, classes):
+        logits = torch.from_numpy(5.0 * np.eye(10)[classes])
+        return Predictions(name, Path(name), logits.log_softmax(dim=1).numpy(), np.arange(4))
+
+    pair = compare(model("a", [0, 1, 9, 9]), model("b", [0, 9, 2, 3]))
+    assert pair["models"] == ["a", "b"]
+    assert (pair["same_prediction"], pair["accuracy_difference"]) == (1, 0.25)
+    assert pair["mcnemar_p"] == 1.0  # one against two
+    peak, rest = np.exp(5) / (np.exp(5) + 9), 1 / (np.exp(5) + 9)
+    assert pair["max_abs_probability_difference"] == pytest.approx(peak - rest)
+
+
+def test_short_names():
+    assert short_names([Path("a/x.pt"), Path("b/x.pt"), Path("b/y.pt")]) == ["a/x.pt", "b/x.pt", "y.pt"]

@@ -1,0 +1,306 @@
+# ruff: noqa: N803, N806  # K is the Keras library, L its layers
+"""ResNet8s in Keras, in every variant that can be converted: the networks behind the test files.
+
+Weights are random, BatchNorm's statistics, gamma and beta too, so that no swap can hide. Nothing here imports
+Keras: what builds a network is given the library, Keras 3 or tf_keras.
+"""
+
+import importlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+WRITERS = ("keras", "tf_keras")
+SHAPE = (16, 16, 3)
+WIDTH = 4  # few numbers, so that a damaged byte often hits what matters
+CLASSES = 7
+
+
+def resnet8(
+    K: ModuleType,
+    shape: tuple = SHAPE,
+    width: int = WIDTH,
+    classes: int = CLASSES,
+    conv: dict | None = None,
+    norm: dict | None = None,
+    change: dict | None = None,
+    rename: Callable[[str], str] | None = None,
+    shortcut_first: bool = False,
+    nest_stages: bool = False,
+    widths: tuple = (1, 2, 4),
+    strides: tuple = (1, 2, 2),
+) -> object:
+    """Return a ResNet8 with options `conv` and `norm` for its layers.
+
+    `change` maps a place in the network, such as `layer2.bn1`, to a function (layers, x) -> x that replaces
+    the layer there; None in place of the function leaves the layer out.
+    """
+    L, change = K.layers, change or {}
+
+    def name(place: str) -> dict:
+        return {"name": rename(place)} if rename else {}
+
+    def put(place: str, x: object, layer: Callable, **options: object) -> object:
+        if place in change:
+            return change[place](L, x) if change[place] else x
+        return layer(**options, **name(place))(x)
+
+    def put_conv(place: str, x: object, filters: int, kernel: int = 3, stride: int = 1) -> object:
+        options = {"strides": stride, "padding": "same", **(conv or {})}
+        return put(place, x, L.Conv2D, filters=filters, kernel_size=kernel, **options)
+
+    def stage(at: str, x: object, filters: int, stride: int) -> object:
+        def shortcut() -> object:
+            return x if stride == 1 else put_conv(f"{at}.downsample", x, filters, 1, stride)
+
+        early = shortcut() if shortcut_first else None
+        y = put_conv(f"{at}.conv1", x, filters, 3, stride)
+        y = put(f"{at}.relu1", put(f"{at}.bn1", y, L.BatchNormalization, **(norm or {})), L.ReLU)
+        y = put_conv(f"{at}.conv2", y, filters)
+        y = put(f"{at}.bn2", y, L.BatchNormalization, **(norm or {}))
+        y = put(f"{at}.add", [early, y] if shortcut_first else [y, shortcut()], L.Add)
+        return put(f"{at}.relu2", y, L.ReLU)
+
+    inputs = x = K.Input(shape, **name("input"))
+    x = put("input", x, L.Layer) if "input" in change else x
+    x = put("bn1", put_conv("conv1", x, width), L.BatchNormalization, **(norm or {}))
+    x = put("relu1", x, L.ReLU)
+    for index, (factor, stride) in enumerate(zip(widths, strides, strict=True), start=1):
+        if nest_stages:
+            inner = K.Input(x.shape[1:])
+            x = K.Model(inner, stage(f"layer{index}", inner, factor * width, stride), name=f"stage{index}")(x)
+        else:
+            x = stage(f"layer{index}", x, factor * width, stride)
+    x = put("avgpool", x, L.GlobalAveragePooling2D)
+    return K.Model(inputs, put("fc", x, L.Dense, units=classes, activation="softmax"))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network, the dtype policy it is written with, and which files of weights alone can be converted."""
+
+    build: Callable[[ModuleType], object]
+    policy: str = "float32"
+    weights_alone: tuple[str, ...] = (".weights.h5", ".legacy.h5")
+    writers: tuple[str, ...] = WRITERS
+    bn_eps: float = 1e-3  # for the weights alone, which do not say it
+    pixels: bool = False  # takes images from 0 to 255
+
+
+def variant(policy: str = "float32", writers: tuple = WRITERS, **options: object) -> Variant:
+    """Return the Variant that is `resnet8` with `options`."""
+    more = {key: options.pop(key) for key in ("weights_alone", "bn_eps", "pixels") if key in options}
+    return Variant(lambda K: resnet8(K, **options), policy, writers=writers, **more)
+
+
+def misleading(place: str) -> str:
+    """Return a name that says something else than what the layer is."""
+    rng = random.Random(place)
+    return f"{rng.choice(['conv2d', 'dense', 'add', 'batch_normalization', 'x'])}_{rng.randrange(10**6)}"
+
+
+def each(places: str, function: Callable | None) -> dict:
+    """Return a `change` of several places, such as `layer1.relu1 layer1.relu2`."""
+    return {place: function for place in places.split()}
+
+
+RELUS = "relu1 " + " ".join(f"layer{index}.relu{number}" for index in (1, 2, 3) for number in (1, 2))
+SHORTCUTS = "layer2.downsample layer3.downsample"
+
+
+def pooled_by(size: object, **options: object) -> dict:
+    return {"avgpool": lambda L, x: L.Flatten()(L.AveragePooling2D(size, **options)(x))}
+
+
+def dense_then(make: Callable | None) -> dict:
+    def head(L: ModuleType, x: object) -> object:
+        logits = L.Dense(CLASSES)(x)
+        return make(L)(logits) if make else logits
+
+    return {"fc": head}
+
+
+def adapted(L: ModuleType, x: object) -> object:
+    layer = L.Normalization()
+    layer.adapt(np.random.default_rng(0).uniform(0, 255, (8, *SHAPE)).astype(np.float32) * [0.5, 0.8, 1.0])
+    return layer(x)
+
+
+def noisy(K: ModuleType) -> object:
+    """Augmentation, dropout and noise wherever people put them."""
+
+    def augmented(L: ModuleType, x: object) -> object:
+        if K.__name__ == "keras" or K.backend.floatx() != "float64":  # tf_keras cannot build these in float64
+            for layer in (
+                L.RandomFlip("horizontal"),
+                L.RandomRotation(0.1),
+                L.RandomZoom(0.1),
+                L.RandomContrast(0.1),
+            ):
+                x = layer(x)
+        return L.GaussianNoise(0.1)(x)
+
+    return resnet8(
+        K,
+        change={
+            "input": augmented,
+            "relu1": lambda L, x: L.Dropout(0.3)(L.ReLU()(x)),
+            "layer1.relu2": lambda L, x: L.SpatialDropout2D(0.3)(L.ReLU()(x)),
+            "layer2.downsample": lambda L, x: L.GaussianDropout(0.1)(
+                L.Conv2D(2 * WIDTH, 1, 2, padding="same")(x)
+            ),
+            "avgpool": lambda L, x: L.Dropout(0.5)(L.GlobalAveragePooling2D()(x)),
+        },
+    )
+
+
+def nested(K: ModuleType) -> object:
+    """A whole model inside a functional one, behind an input layer."""
+    inputs = K.Input(SHAPE)
+    return K.Model(inputs, resnet8(K)(K.layers.Rescaling(1 / 255)(inputs)))
+
+
+def nested_frozen(K: ModuleType) -> object:
+    """Transfer learning as Keras's guides do it: the model inside is called with training=False."""
+    inputs = K.Input(SHAPE)
+    backbone = resnet8(K, change=each("fc", None))
+    backbone.trainable = False
+    return K.Model(inputs, K.layers.Dense(CLASSES, activation="softmax")(backbone(inputs, training=False)))
+
+
+def nested_partly_frozen(K: ModuleType) -> object:
+    """A convolution of the model inside is frozen: Keras 2's save_weights saves it after the rest."""
+    inputs = K.Input(SHAPE)
+    backbone = resnet8(K, change=each("fc", None))
+    [layer for layer in backbone.layers if isinstance(layer, K.layers.Conv2D)][1].trainable = False
+    return K.Model(inputs, K.layers.Dense(CLASSES, activation="softmax")(backbone(inputs)))
+
+
+def nested_deep(K: ModuleType) -> object:
+    """Sequential of augmentation, of a model in a model, and of the head."""
+    L = K.layers
+    backbone = resnet8(K, change=each("fc", None))
+    inputs = K.Input(SHAPE)
+    middle = K.Model(inputs, backbone(inputs), name="middle")
+    augmentation = K.Sequential([L.RandomFlip("horizontal")], name="augmentation")
+    return K.Sequential([K.Input(SHAPE), augmentation, middle, L.Dropout(0.2), L.Dense(CLASSES, "softmax")])
+
+
+def compiled(K: ModuleType) -> object:
+    """A network that has been trained for a step: the file holds an optimizer's state and names a loss."""
+    model = resnet8(
+        K, conv={"kernel_initializer": "he_normal", "kernel_regularizer": K.regularizers.L2(1e-4)}
+    )
+    model.compile(K.optimizers.Adam(1e-3), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    tensorflow = importlib.import_module("tensorflow")
+    tensorflow.config.run_functions_eagerly(True)  # compiling a step takes seconds, and the file is the same
+    model.fit(np.zeros((2, *SHAPE), np.float32), np.zeros(2), verbose=0)
+    tensorflow.config.run_functions_eagerly(False)
+    model.layers[3].trainable = False
+    return model
+
+
+VARIANTS = {
+    "plain": variant(),
+    "renamed": variant(rename=misleading),
+    "shortcut_first": variant(shortcut_first=True),
+    "full_size": variant(width=16, classes=10, shape=(32, 32, 3)),
+    "classes_100": variant(classes=100),
+    "two_classes": variant(classes=2),
+    "gray": variant(shape=(28, 28, 1)),
+    "four_channels": variant(
+        shape=(16, 16, 4)
+    ),  # as many as the width: the first kernel looks like the next two
+    "large_input": variant(shape=(64, 48, 3)),
+    "odd_input": variant(shape=(33, 21, 3)),
+    "any_input": variant(shape=(None, None, 3)),
+    "no_conv_bias": variant(conv={"use_bias": False}),
+    "no_dense_bias": variant(change={"fc": lambda L, x: L.Dense(CLASSES, "softmax", use_bias=False)(x)}),
+    "no_scale": variant(norm={"scale": False}, weights_alone=(".legacy.h5",)),
+    "no_center": variant(norm={"center": False}, weights_alone=(".legacy.h5",)),
+    "no_scale_no_center": variant(norm={"scale": False, "center": False}),
+    "epsilon_momentum": variant(norm={"epsilon": 1e-5, "momentum": 0.9}, bn_eps=1e-5),
+    "relu_activation": variant(change=each(RELUS, lambda L, x: L.Activation("relu")(x))),
+    "relu_in_norm_order": variant(
+        change=each("relu1", lambda L, x: L.Activation("relu")(L.Activation("linear")(x)))
+    ),
+    "average_pooling": variant(change=pooled_by(4)),
+    "average_pooling_oblong": variant(shape=(32, 16, 3), change=pooled_by((8, 4), strides=1)),
+    "softmax_layer": variant(change=dense_then(lambda L: L.Softmax())),
+    "softmax_activation": variant(change=dense_then(lambda L: L.Activation("softmax"))),
+    "logits": variant(change=dense_then(None)),
+    "noisy": Variant(noisy),
+    "rescaling": variant(
+        change={"input": lambda L, x: L.Rescaling(1 / 255)(x)}, weights_alone=(), pixels=True
+    ),
+    "rescaling_offset": variant(
+        change={"input": lambda L, x: L.Rescaling(1 / 127.5, offset=-1)(x)}, weights_alone=(), pixels=True
+    ),
+    "normalization": variant(  # numbers that float32 holds exactly: tf_keras does not round them to it
+        change={
+            "input": lambda L, x: L.Normalization(mean=[125.5, 123, 113.75], variance=[3969.0, 3856, 4452])(x)
+        },
+        weights_alone=(),
+        pixels=True,
+    ),
+    "normalization_rounded": variant(
+        change={
+            "input": lambda L, x: L.Normalization(mean=[125.3, 123.0, 113.9], variance=[3969.1, 3856, 4452])(
+                x
+            )
+        },
+        weights_alone=(),
+        writers=("keras",),
+        pixels=True,
+    ),
+    "normalization_adapted": variant(change={"input": adapted}, weights_alone=(), pixels=True),
+    "rescaling_normalization": variant(
+        change={
+            "input": lambda L, x: L.Normalization(
+                mean=[0.5, 0.46875, 0.4375], variance=[0.0625, 0.03125, 0.125]
+            )(L.Rescaling(1 / 255)(x))
+        },
+        weights_alone=(),
+        pixels=True,
+    ),
+    "nested": Variant(nested, weights_alone=(), pixels=True),
+    "nested_stages": variant(nest_stages=True, weights_alone=(".legacy.h5",)),
+    "nested_deep": Variant(nested_deep),
+    "nested_frozen": Variant(nested_frozen),
+    "nested_partly_frozen": Variant(nested_partly_frozen, weights_alone=(".weights.h5",)),
+    "compiled": Variant(compiled),
+    "valid_where_equal": variant(
+        change={
+            "layer2.downsample": lambda L, x: L.Conv2D(2 * WIDTH, 1, 2)(x),
+            "layer3.downsample": lambda L, x: L.Conv2D(4 * WIDTH, 1, 2)(x),
+        }
+    ),
+    "operator_add": variant(
+        change=each("layer1.add layer2.add layer3.add", lambda L, x: x[0] + x[1]), writers=("keras",)
+    ),
+    "float16": variant("float16"),
+    "float64": variant("float64"),
+    "mixed_float16": variant("mixed_float16"),
+    "mixed_bfloat16": variant("mixed_bfloat16"),
+}
+
+
+def randomize(model: object, rng: np.random.Generator) -> None:
+    """Draw every weight so that logits are near 1; a Normalization keeps what it has adapted to."""
+    values = []
+    for variable in model.weights:
+        name = getattr(variable, "path", variable.name).split("/")[-1].split(":")[0]
+        shape = tuple(variable.shape)
+        if name == "kernel":
+            gain = 2 if len(shape) == 4 else 0.02
+            values.append(rng.normal(0, (gain / np.prod(shape[:-1])) ** 0.5, shape))
+        elif name in ("gamma", "moving_variance"):
+            values.append(rng.uniform(0.5, 2, shape))
+        elif name in ("bias", "beta", "moving_mean"):
+            values.append(rng.normal(0, 0.5, shape))
+        else:
+            values.append(np.asarray(variable))
+    model.set_weights(values)

@@ -1,0 +1,97 @@
+# ruff: noqa: N803, N806  # K is the Keras library, L its layers
+"""Writes Keras files of ResNet8s, in every variant and format, and what Keras makes of images with each.
+
+    python -m tests.keras_files.writer OUT_DIR keras|tf_keras
+
+Keras 3 writes the present formats, tf_keras those of Keras 2. OUT_DIR gets `VARIANT.h5`, `.keras`,
+`.weights.h5` and (tf_keras) `.legacy.h5`, `save_weights` of Keras 2, for each of VARIANTS, and
+`expected.npz`: `VARIANT:images` and `VARIANT:outputs`, in float64 with weights rounded to float32.
+`refused/` gets those of REFUSED, `hostile/` those that carry code.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from tests.keras_files.networks import VARIANTS, WRITERS, each, randomize, resnet8
+from tests.keras_files.refused import REFUSED, WEIGHTS_ALONE_REFUSED
+
+
+def set_dtype(K: ModuleType, policy: str, floatx: str) -> None:
+    """Make Keras build what follows with a dtype policy."""
+    K.backend.set_floatx(floatx)
+    (K.config.set_dtype_policy if hasattr(K, "config") else K.mixed_precision.set_global_policy)(policy)
+
+
+def write_variant(K: ModuleType, name: str, folder: Path, rng: np.random.Generator) -> dict:
+    """Write a variant's files; return its images and outputs, in float64."""
+    chosen = VARIANTS[name]
+    floatx = chosen.policy if chosen.policy in ("float16", "float64") else "float32"
+    set_dtype(K, chosen.policy, floatx)
+    model = chosen.build(K)
+    randomize(model, rng)
+    model.save(folder / f"{name}.h5")
+    model.save(folder / f"{name}.keras")
+    model.save_weights(folder / f"{name}.weights.h5")
+    if K.__name__ == "tf_keras":
+        model.save_weights(folder / f"{name}.legacy.h5")
+
+    set_dtype(K, "float64", "float64")
+    twin = chosen.build(K)
+    twin.set_weights([np.asarray(weight).astype(np.float32) for weight in model.get_weights()])
+    for layer in twin.layers:
+        if hasattr(layer, "finalize_state"):
+            layer.finalize_state()
+    height, width, channels = (size or 24 for size in model.input_shape[1:])
+    images = (
+        rng.uniform(0, 255, (3, height, width, channels))
+        if chosen.pixels
+        else rng.normal(0, 1, (3, height, width, channels))
+    )
+    return {f"{name}:images": images, f"{name}:outputs": np.asarray(twin(images, training=False))}
+
+
+def write_hostile(K: ModuleType, folder: Path) -> None:
+    """Write models with a Lambda layer whose code leaves a mark, and see that with Keras it does."""
+    mark = folder / "mark"
+    code = eval(f"lambda x: (__import__('pathlib').Path({str(mark)!r}).touch(), x)[1]")
+    model = resnet8(K, change=each("relu1", lambda L, x: L.Lambda(code, name="odd")(x)))
+    for suffix in (".h5", ".keras"):
+        path = folder / f"lambda{suffix}"
+        model.save(path)
+        mark.unlink(missing_ok=True)
+        K.models.load_model(path, safe_mode=False)
+        mark.unlink()  # fails unless Keras has run the code: then the file would prove nothing
+
+
+def main() -> None:
+    """Write everything."""
+    folder, library = Path(sys.argv[1]), sys.argv[2]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    K = importlib.import_module(library)
+    rng = np.random.default_rng(WRITERS.index(library))
+    for name in ("", "refused", "hostile"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    expected = {}
+    for name, chosen in VARIANTS.items():
+        if library in chosen.writers:
+            expected |= write_variant(K, name, folder, rng)
+    np.savez(folder / "expected.npz", **expected)
+
+    set_dtype(K, "float32", "float32")
+    for name, (chosen, _) in REFUSED.items():
+        model = chosen.build(K)
+        model.save(folder / "refused" / f"{name}.h5")
+        model.save(folder / "refused" / f"{name}.keras")
+        if name in WEIGHTS_ALONE_REFUSED:
+            model.save_weights(folder / "refused" / f"{name}.weights.h5")
+    write_hostile(K, folder / "hostile")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""models/checkpoint.py: a `.pt` file is loaded, or refused in one line, and never runs code."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from models.resnet8 import ResNet8
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Return an unusual ResNet8's checkpoint, the model, and the path of its JSON, which is not there."""
+    torch.manual_seed(2)
+    model = ResNet8(num_classes=7, width=8, in_channels=1, bn_eps=5e-3, bn_momentum=0.3).train()
+    with torch.no_grad():
+        model(torch.randn(8, 1, 16, 16))  # statistics of their own
+    path = tmp_path / "model.pt"
+    torch.save(model.state_dict(), path)
+    return path, model.eval(), tmp_path / "model.json"
+
+
+def test_from_checkpoint_finds_the_shape(checkpoint):
+    path, model, json_path = checkpoint
+    json_path.write_text(json.dumps({"architecture": {"bn_eps": 5e-3, "bn_momentum": 0.3}}))
+    loaded = ResNet8.from_checkpoint(path)
+    assert not loaded.training
+    assert (loaded.fc.out_features, loaded.conv1.out_channels, loaded.conv1.in_channels) == (7, 8, 1)
+    norms = [m for m in loaded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [(norm.eps, norm.momentum) for norm in norms] == [(5e-3, 0.3)] * 7
+    images = torch.randn(3, 1, 20, 20)
+    assert torch.equal(loaded(images), model(images))
+    assert torch.equal(ResNet8.from_checkpoint(str(path), torch.device("cpu"))(images), model(images))
+
+
+def test_from_checkpoint_without_json_has_kerass_defaults(checkpoint):
+    path, model, _ = checkpoint
+    loaded = ResNet8.from_checkpoint(path)
+    assert (loaded.bn1.eps, loaded.layer3.bn2.momentum) == (1e-3, 0.01)
+    images = torch.randn(3, 1, 20, 20)
+    assert not torch.allclose(loaded(images), model(images))  # 5e-3 is what this network was trained with
+
+
+def test_plain_recipe(tmp_path):
+    torch.manual_seed(0)
+    model = ResNet8()
+    torch.save(model.state_dict(), tmp_path / "resnet8.pt")
+    loaded = ResNet8()
+    loaded.load_state_dict(torch.load(tmp_path / "resnet8.pt", weights_only=True))
+    loaded.eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+BAD = {  # what is saved, from a good state_dict -> words of the message
+    "other names": (lambda state: {f"module.{name}": value for name, value in state.items()}, "fc.weight"),
+    "no conv1": (lambda state: without(state, "conv1.weight"), "conv1.weight"),
+    "no statistics": (lambda state: without(state, "layer2.bn1.running_var"), "layer2.bn1.running_var"),
+    "one more": (lambda state: {**state, "layer4.conv1.weight": torch.zeros(1)}, "layer4.conv1.weight"),
+    "another shape": (lambda state: {**state, "layer3.conv2.bias": torch.zeros(5)}, "layer3.conv2.bias"),
+    "a scalar": (lambda state: {**state, "fc.weight": torch.zeros(())}, "not a ResNet8"),
+    "a vector": (lambda state: {**state, "conv1.weight": torch.zeros(8)}, "not a ResNet8"),
+    "a tensor": (lambda state: state["fc.weight"], "Tensor"),
+    "a list": (lambda state: list(state.values()), "list"),
+    "a number among them": (lambda state: {**state, "epoch": 3}, "state_dict"),
+    "a whole model": (lambda state: ResNet8(), "objects"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_from_checkpoint_refuses_in_one_line(checkpoint, name):
+    path, model, _ = checkpoint
+    change, words = BAD[name]
+    torch.save(change(model.state_dict()), path)
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        ResNet8.from_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"\x89HDF\r\n\x1a\n", b"no checkpoint"])
+def test_from_checkpoint_refuses_what_is_no_checkpoint(checkpoint, content):
+    path, _, _ = checkpoint
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        ResNet8.from_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value).splitlines()) == 1
+
+
+def test_from_checkpoint_refuses_a_file_cut_short(checkpoint):
+    path, _, _ = checkpoint
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="damaged"):
+        ResNet8.from_checkpoint(path)
+
+
+def test_from_checkpoint_without_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ResNet8.from_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(OSError):
+        ResNet8.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"architecture": []}',
+        '{"architecture": null}',
+        '{"architecture": {"bn_eps": "0.001"}}',
+        '{"architecture": {"bn_eps": null}}',
+        '{"architecture": {"bn_momentum": []}}',
+        '{"architecture": {"bn_eps": true}}',
+    ],
+)
+def test_from_checkpoint_refuses_a_bad_json_in_one_line(checkpoint, content):
+    path, _, json_path = checkpoint
+    json_path.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        ResNet8.from_checkpoint(path)
+    assert str(caught.value).startswith(f"{json_path}: ") and len(str(caught.value).splitlines()) == 1
+
+
+def test_from_checkpoint_runs_no_code(checkpoint, tmp_path):
+    class Mark:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "mark"), "w"))
+
+    path, model, _ = checkpoint
+    torch.save({**model.state_dict(), "fc.bias": Mark()}, path)
+    torch.load(path, weights_only=False)
+    (tmp_path / "mark").unlink()  # it is there: the file would have run its code
+    with pytest.raises(ValueError, match="code or objects"):
+        ResNet8.from_checkpoint(path)
+    assert not (tmp_path / "mark").exists()

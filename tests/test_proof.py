@@ -1,0 +1,219 @@
+"""models/proof.py: every mistake is found, and the first layer that it makes differ is named."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import convert
+from convert import convert_file
+from models import proof, resnet8
+from models.errors import VerificationError
+from models.graph import GRAPH, match_graph
+from models.keras.file import read_keras_file
+from models.mapping import MAPPING
+from models.proof import count_parameters
+from models.resnet8 import ResNet8
+from models.tensors import map_tensors
+
+INPUT = {"mean": [120.0], "std": [64.0]}  # what the random networks are fed is of the order of 1
+
+
+def change_mapping(class_name, changes):
+    """Return a mistake: the table's entries for a layer, by variable, changed."""
+    variables = tuple(variable._replace(**changes.get(variable.name, {})) for variable in MAPPING[class_name])
+    return lambda patch: patch.setitem(MAPPING, class_name, variables)
+
+
+def change_rows(change):
+    """Return a mistake: the mapping's rows, by key, changed."""
+
+    def apply(patch):
+        def mistaken(places, model):
+            rows = {row.key: row for row in map_tensors(places, model)}
+            change(rows)
+            return list(rows.values())
+
+        patch.setattr(convert, "map_tensors", mistaken)
+
+    return apply
+
+
+def swap_sources(rows, one, other):
+    for variable in ("weight", "bias", "running_mean", "running_var"):
+        if f"{one}.{variable}" in rows:
+            a, b = rows[f"{one}.{variable}"], rows[f"{other}.{variable}"]
+            rows[a.key], rows[b.key] = replace(a, source=b.source), replace(b, source=a.source)
+
+
+def change_model(change):
+    """Return a mistake: the network itself changed."""
+
+    def apply(patch):
+        build = convert.build_model
+
+        def mistaken(places):
+            model, arguments = build(places)
+            change(model)
+            return model, arguments
+
+        patch.setattr(convert, "build_model", mistaken)
+
+    return apply
+
+
+def symmetric_padding(patch):
+    patch.setattr(resnet8, "SamePadConv2d", lambda *arguments: nn.Conv2d(*arguments, padding=1))
+
+
+def no_shortcut(patch):
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)))
+
+    patch.setattr(resnet8.BasicBlock, "forward", forward)
+
+
+def changed_source(key, change):
+    return change_rows(lambda rows: rows.update({key: replace(rows[key], source=change(rows[key].source))}))
+
+
+MISTAKES = {  # what is done wrong -> the first layer that computes something else
+    "two BatchNorms swapped": (
+        change_rows(lambda rows: swap_sources(rows, "layer1.bn1", "layer1.bn2")),
+        "layer1.bn1",
+    ),
+    "two convolutions swapped": (
+        change_rows(lambda rows: swap_sources(rows, "layer1.conv1", "layer1.conv2")),
+        "layer1.conv1",
+    ),
+    "mean and beta swapped": (
+        change_mapping(
+            "BatchNormalization",
+            {"beta": {"parameter": "running_mean"}, "moving_mean": {"parameter": "bias"}},
+        ),
+        "bn1",
+    ),
+    "height and width swapped": (
+        change_mapping("Conv2D", {"kernel": {"axes": (3, 2, 1, 0)}}),
+        "conv1",
+    ),
+    "in and out of a square kernel swapped": (
+        change_rows(
+            lambda rows: rows.update(
+                {"layer3.conv2.weight": replace(rows["layer3.conv2.weight"], axes=(2, 3, 0, 1))}
+            )
+        ),
+        "layer3.conv2",
+    ),
+    "red and blue swapped": (changed_source("conv1.weight", lambda kernel: kernel[:, :, ::-1]), "conv1"),
+    "PyTorch's epsilon": (
+        change_model(lambda model: [setattr(m, "eps", 1e-5) for m in model.modules() if hasattr(m, "eps")]),
+        "bn1",
+    ),
+    "one epsilon": (change_model(lambda model: setattr(model.layer2.bn2, "eps", 1.001e-3)), "layer2.bn2"),
+    "an epsilon that is NaN": (
+        change_model(lambda model: setattr(model.layer3.bn1, "eps", float("nan"))),
+        "layer3.bn1",
+    ),
+    "symmetric padding": (symmetric_padding, "layer2.conv1"),
+    "no shortcut": (no_shortcut, "layer1.add"),
+    "a ReLU that does nothing": (
+        change_model(lambda model: setattr(model, "relu", nn.Identity())),
+        "relu",
+    ),
+    "the pooling takes the maximum": (
+        change_model(lambda model: setattr(model, "avgpool", nn.AdaptiveMaxPool2d(1))),
+        "avgpool",
+    ),
+    "a bias left out": (changed_source("layer2.downsample.bias", np.zeros_like), "layer2.downsample"),
+    "weights rounded to float16": (
+        changed_source("layer3.downsample.weight", lambda kernel: kernel.astype(np.float16)),
+        "layer3.downsample",
+    ),
+    "two classes swapped": (
+        changed_source("fc.weight", lambda kernel: kernel[:, [1, 0, *range(2, kernel.shape[1])]]),
+        "probabilities",
+    ),
+    "a bias of the head off by 1e-10": (
+        changed_source("fc.bias", lambda bias: bias.astype(np.float64) + 1e-5 * np.eye(len(bias))[0]),
+        "probabilities",
+    ),
+    "the input not normalized": (
+        lambda patch: patch.setattr(convert, "input_normalization", lambda *_: ([0.0], [1.0])),
+        "conv1",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_verification_names_the_first_wrong_layer(
+    reference_files, reader, keras, old_outputs, monkeypatch, capsys, mistake
+):
+    make, place = MISTAKES[mistake]
+    output, untouched = old_outputs
+    make(monkeypatch)
+    with pytest.raises(VerificationError) as caught:
+        convert_file(reference_files / "odd.h5", output, reader, keras, **INPUT)
+    message = str(caught.value)
+    assert re.match(
+        rf"the first difference from Keras is in {re.escape(place)}( \(Keras's '\w+'\))?: ", message
+    )
+    assert " in float64, at most " in message and len(message.splitlines()) == 1
+    assert "  numbers     failed\n" in capsys.readouterr().out
+    assert untouched()
+
+
+def test_verification_names_keras_layer(reference_files, reader, keras, tmp_path, monkeypatch):
+    """The name in the message is the layer's in the Keras file."""
+    name = match_graph(read_keras_file(reference_files / "odd.h5", reader))["layer2.bn2"].name
+    MISTAKES["one epsilon"][0](monkeypatch)
+    with pytest.raises(VerificationError, match=rf"in layer2\.bn2 \(Keras's '{name}'\)"):
+        convert_file(reference_files / "odd.h5", tmp_path / "model.pt", reader, keras, **INPUT)
+
+
+def test_verification_counts_parameters(reference_files, reader, keras, old_outputs, monkeypatch, capsys):
+    output, untouched = old_outputs
+    change_rows(lambda rows: rows.pop("layer1.bn1.bias"))(monkeypatch)
+    loaded = keras.load(read_keras_file(reference_files / "odd.h5", reader))
+    trainable, statistics = loaded["trainable"], loaded["statistics"]
+    assert (trainable, statistics) == count_parameters(ResNet8(7, 4, 4))
+    for wrong in ({"trainable": trainable + 4}, {"statistics": statistics - 4}):
+        monkeypatch.setattr(keras, "load", lambda file, wrong=wrong: {**loaded, **wrong})
+        with pytest.raises(
+            VerificationError, match=r"Keras has [\d,]+ trainable .* PyTorch [\d,]+ and [\d,]+"
+        ):
+            convert_file(reference_files / "odd.h5", output, reader, keras, **INPUT)
+    assert "  parameters  failed\n" in capsys.readouterr().out
+    assert untouched()
+
+
+def test_verification_passes_and_compares_every_layer(reference_files, reader, keras, tmp_path, monkeypatch):
+    compared = set()
+    activations = proof.layer_activations
+
+    class Watched(dict):
+        def __getitem__(self, place):
+            compared.add(place)
+            return super().__getitem__(place)
+
+    monkeypatch.setattr(proof, "layer_activations", lambda model, images: Watched(activations(model, images)))
+    metadata = convert_file(reference_files / "odd.h5", tmp_path / "model.pt", reader, keras, **INPUT)
+    assert compared == set(GRAPH) - {"fc"}  # Keras's fc has been through the softmax: the probabilities
+    results = metadata["verification"]
+    assert results["rebuilt"] is None
+    assert 0 < results["float64"]["activations"] <= 1e-10
+    assert 0 < results["float64"]["probabilities"] <= 1e-12
+    assert 1e-9 < results["float32"]["probabilities"] <= 1e-4
+    assert ResNet8.from_checkpoint(tmp_path / "model.pt").bn1.running_mean.dtype == torch.float32
+
+
+def test_float32_has_its_bound(reference_files, reader, keras, old_outputs, monkeypatch):
+    output, untouched = old_outputs
+    monkeypatch.setitem(proof.MAX_PROBABILITY_DIFFERENCE, "float32", 1e-12)
+    with pytest.raises(VerificationError, match=r"in probabilities: .* in float32, at most 1e-12 expected"):
+        convert_file(reference_files / "odd.h5", output, reader, keras, **INPUT)
+    assert untouched()
