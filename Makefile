@@ -39,5 +39,5 @@ bench: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) results .pytest_cache .ruff_cache
-	rm -f checkpoints/*.pt checkpoints/*.json checkpoints/*.npz
+	rm -f $(addprefix checkpoints/resnet8,.pt .json .keras.npz .keras-sample.npz)  # what `make` makes, no more
 	find . -name __pycache__ -prune -exec rm -rf {} +

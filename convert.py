@@ -14,16 +14,18 @@ network and matches a file to it, `models/mapping.py` has the table of transpose
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 from data.cifar10 import DataError
-from models.errors import KerasFileError, VerificationError
+from data.files import check_writable, sha256_of
+from models.errors import KerasFileError, OutputExistsError, VerificationError
 from models.graph import match_graph, with_graph
 from models.keras.file import KerasFile, read_keras_file, start_reader
 from models.keras.process import KerasProcess
@@ -34,13 +36,21 @@ from models.proof import (
     compare_counts,
     compare_numbers,
 )
-from models.tensors import Row, build_model, input_normalization, load_tensors, map_tensors
+from models.tensors import (
+    Row,
+    build_model,
+    input_normalization,
+    load_tensors,
+    map_tensors,
+    one_a_channel,
+)
+from models.terminal import add_scaling, beside_the_scripts, check_scaling, run
 from models.worker import Worker, WorkerError
 
 # torch is imported where it is first needed: by then Keras and the reader are starting in their processes.
 
-DEFAULT_INPUT = Path("checkpoints/resnet8_keras.h5")
-DEFAULT_OUTPUT = Path("checkpoints/resnet8.pt")
+DEFAULT_INPUT = "checkpoints/resnet8_keras.h5"  # beside this script
+FAILURES = (KerasFileError, OutputExistsError, VerificationError, WorkerError, DataError, OSError)
 WITHOUT_KERAS = "; --no-verify converts without the comparison with Keras"
 
 
@@ -53,6 +63,7 @@ def main() -> int:
             keras = None if arguments.no_verify else KerasProcess(arguments.keras_python)
             for path, output in zip(arguments.files, arguments.outputs, strict=True):
                 try:
+                    check_outputs(output, output.with_suffix(".json"), arguments.force)
                     metadata = convert_file(
                         path,
                         output,
@@ -64,16 +75,15 @@ def main() -> int:
                         arguments.verbose,
                     )
                     outcomes.append((path, metadata, str(output)))
-                except (KerasFileError, VerificationError, WorkerError, DataError, OSError) as error:
+                except FAILURES as error:
                     message = str(error)
-                    if isinstance(error, OSError):
+                    if isinstance(error, OSError):  # reading has errors of its own
                         message = f"cannot write {output} and its .json: {error.strerror}"
                     if isinstance(error, WorkerError):
                         print(error.log, file=sys.stderr, end="")
                         message += WITHOUT_KERAS
-                    message = message if message.startswith(str(path)) else f"{path}: {message}"
-                    print(f"error: {message}", file=sys.stderr)
-                    outcomes.append((path, None, message.removeprefix(f"{path}: ")))
+                    print(f"error: {path}: {message}", file=sys.stderr)
+                    outcomes.append((path, None, message))
         except WorkerError as error:
             print(f"error: {error}{WITHOUT_KERAS}", file=sys.stderr)
             return 1
@@ -170,6 +180,26 @@ def convert_file(
     return metadata
 
 
+def check_outputs(output: Path, json_path: Path, force: bool) -> None:
+    """Raise OutputExistsError unless nothing is there, or what `convert.py` wrote and nobody has changed.
+
+    The JSON has the SHA-256 of what was written with it; `force` replaces whatever is there. Raises OSError
+    when the files cannot be written.
+    """
+    check_writable([output, json_path])
+    if force:
+        return
+    written = None
+    if json_path.exists():
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # it is not ours
+            metadata = json.loads(json_path.read_text())
+            written = metadata["architecture"] and metadata["source"] and metadata["sha256"]
+        if not written:
+            raise OutputExistsError(f"{json_path} is not of convert.py's writing; --force replaces it")
+    if output.exists() and sha256_of(output) != written:
+        raise OutputExistsError(f"{output} is not as convert.py wrote it (fine-tuned?); --force replaces it")
+
+
 def notes_on(file: KerasFile) -> list[str]:
     """Return what is to be said of a file: what was assumed, and what of it is not float32."""
     arrays = [array for layer in file.layers for array in layer.arrays.values() if array.dtype.kind == "f"]
@@ -184,15 +214,6 @@ def notes_on(file: KerasFile) -> list[str]:
     notes = [file.assumed] if file.assumed else []
     notes += [f"{', '.join(sorted(stored))} weights, converted to float32"] if stored else []
     return notes + ([f"dtype policy {', '.join(sorted(policies))}, converted to float32"] if policies else [])
-
-
-def one_a_channel(option: str, values: list[float], channels: int) -> list[float]:
-    """Return one value a channel. Raises KerasFileError if there are neither one nor `channels` values."""
-    if len(values) not in (1, channels):
-        raise KerasFileError(
-            f"{option} has {len(values)} values, but the model's input has {channels} channels"
-        )
-    return values * channels if len(values) == 1 else values
 
 
 @contextmanager
@@ -254,11 +275,9 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line; exits with status 2 when it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", metavar="KERAS_FILE", type=Path, nargs="*", help=f"default: {DEFAULT_INPUT}")
-    parser.add_argument(
-        "-o", "--output", metavar="OUT", type=Path, help="the .pt to write; a folder for several files"
-    )
-    parser.add_argument("--mean", type=float, nargs="+", help="the Keras model is fed (pixel - mean) / std,")
-    parser.add_argument("--std", type=float, nargs="+", help="pixels 0 to 255; one value, or one a channel")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the .pt to write; a folder for several files")
+    parser.add_argument("--force", action="store_true", help="replace files that convert.py did not write")
+    add_scaling(parser, "the Keras model")
     parser.add_argument(
         "--bn-eps", type=float, default=1e-3, help="epsilon to assume for weights alone (0.001)"
     )
@@ -271,20 +290,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-v", "--verbose", action="store_true", help="print the mapping, one row a tensor")
     arguments = parser.parse_args()
 
-    if arguments.std and not all(value > 0 for value in arguments.std):
-        parser.error("--std must be above 0")
+    check_scaling(parser, arguments)
     if not 0 < arguments.bn_eps < 1:
         parser.error("--bn-eps must be between 0 and 1")
-    arguments.files = arguments.files or [DEFAULT_INPUT]
+    bundled = beside_the_scripts(DEFAULT_INPUT)
+    arguments.files = arguments.files or [bundled]
     arguments.outputs = [
-        DEFAULT_OUTPUT if path == DEFAULT_INPUT else path.with_suffix(".pt") for path in arguments.files
+        path.with_name("resnet8.pt") if path.absolute() == bundled.absolute() else path.with_suffix(".pt")
+        for path in arguments.files
     ]
-    if arguments.output and (len(arguments.files) > 1 or arguments.output.is_dir()):
-        if arguments.output.suffix in (".pt", ".pth") and not arguments.output.is_dir():
-            parser.error(f"-o {arguments.output}: several files need a folder")
-        arguments.outputs = [arguments.output / output.name for output in arguments.outputs]
-    elif arguments.output:
-        arguments.outputs = [arguments.output]
+    if arguments.output:
+        output = Path(arguments.output)
+        is_folder = output.is_dir() or arguments.output.endswith(("/", os.sep))
+        if len(arguments.files) > 1 and output.suffix in (".pt", ".pth") and not is_folder:
+            parser.error(f"-o {output}: several files need a folder")
+        if len(arguments.files) > 1 or is_folder:
+            arguments.outputs = [output / path.name for path in arguments.outputs]
+        else:
+            arguments.outputs = [output]
     twice = {output for output in arguments.outputs if arguments.outputs.count(output) > 1}
     if twice:
         parser.error(f"two of the files would be written to {min(twice)}")
@@ -298,4 +321,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,16 +20,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES, DataError, Dataset, load_test
-from models.evaluation.metrics import Predictions, compare, short_names
-from models.evaluation.results import Evaluation, Notes, progress_bar, write_results
+from data.files import check_writable, sha256_of
+from models.evaluation.metrics import Predictions, compare, near_chance_notes, short_names
+from models.evaluation.results import RESULTS, Evaluation, Notes, find_shortfalls, progress_bar, write_results
+from models.tensors import one_a_channel
+from models.terminal import add_scaling, beside_the_scripts, check_scaling, run
 from models.worker import WorkerError
 
 if TYPE_CHECKING:
+    import torch
+
     from models.checkpoint import Checkpoint
 
 # torch, and what imports it, is imported where it is first needed: `--help` and a wrong option need none.
-
-DEFAULT_CHECKPOINT = Path("checkpoints/resnet8.pt")
 
 # BatchNorm may be folded into the convolutions, which is faster, as long as no probability is further than
 # this from Keras's.
@@ -46,7 +50,7 @@ def main() -> int:
         message = f"{error}; --no-keras evaluates without the baseline"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        if error.filename == str(DEFAULT_CHECKPOINT):
+        if options.is_default and error.filename == str(options.checkpoint):
             message += "; python convert.py makes it"
     except (DataError, ValueError) as error:
         message = str(error)
@@ -57,29 +61,32 @@ def main() -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate the checkpoints of the command line, print and write the results, return the exit status."""
     notes = Notes()
+    # before the work, not after it
+    check_writable(options.output / name for name in RESULTS[: 2 + options.report])
     dataset = load_test(options.data_dir, options.data, options.download)
     if dataset.notice:
         notes.add(dataset.notice)
 
     # Load, and predict.
     from models.evaluation.baseline import find_baseline, keras_predictions  # and with it torch
+    from models.evaluation.inference import choose_device
 
     name, *compared_names = short_names([options.checkpoint, *options.compare])
-    checkpoint = load_checkpoint(options.checkpoint, dataset, notes)
     predict = partial(
         predict_all,
         dataset=dataset,
-        device=options.device,
+        device=choose_device(options.device, options.dtype),
         dtype=options.dtype,
         batch_size=options.batch_size,
         workers=options.workers,
-        notes=notes,
     )
+    checkpoint = load_checkpoint(options.checkpoint, dataset, notes, options.mean, options.std)
     # One at a time, so that memory does not grow; before Keras, so that a bad one shows early.
-    compared = [
-        predict(load_checkpoint(path, dataset, notes), compared_name)
-        for path, compared_name in zip(options.compare, compared_names, strict=True)
-    ]
+    compared, origins = [], {name: checkpoint.origin}
+    for path, compared_name in zip(options.compare, compared_names, strict=True):
+        other = load_checkpoint(path, dataset, notes, like=checkpoint)
+        compared.append(predict(other, compared_name))
+        origins[compared_name] = other.origin
 
     # Compare with Keras.
     keras_file = None if options.no_keras else find_baseline(checkpoint, options.keras, notes)
@@ -87,7 +94,15 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ValueError("--max-drop: there is neither a Keras baseline nor a --compare to measure a drop by")
     keras = None
     if keras_file:
-        keras = keras_predictions(keras_file, checkpoint, dataset, options.keras_python, notes)
+        strangers = [n for n, origin in origins.items() if origin not in (None, sha256_of(keras_file))]
+        keras_name = f"Keras {keras_file.name}" if strangers else "Keras"
+        for stranger in strangers:
+            if stranger != name:
+                notes.add(
+                    f"{stranger} was converted from another file than {keras_file.name}: their difference "
+                    "is one of two models, not of a conversion"
+                )
+        keras = keras_predictions(keras_name, keras_file, checkpoint, dataset, options.keras_python, notes)
     # Folding BatchNorm changes the rounding, so it takes a reference to hold it to. Checkpoints that are
     # compared are all run alike: not folded.
     fold = bool(keras) and checkpoint.is_as_converted and not compared and options.dtype == "float32"
@@ -99,6 +114,8 @@ def evaluate(options: argparse.Namespace) -> int:
         ours = predict(checkpoint, name)
 
     # Print and write.
+    for near_chance in near_chance_notes(ours, compared, keras, options.mean or options.std):
+        notes.add(near_chance)
     evaluation = Evaluation(dataset, checkpoint, ours, keras, compared, notes.lines)
     print(f"\n{evaluation.summary}")
     written = write_results(evaluation, options.output, options.report)
@@ -110,8 +127,19 @@ def evaluate(options: argparse.Namespace) -> int:
     return SHORTFALL if shortfalls else 0
 
 
-def load_checkpoint(path: Path, dataset: Dataset, notes: Notes) -> Checkpoint:
-    """Load a checkpoint that fits the data. Raises OSError, or ValueError with one line."""
+def load_checkpoint(
+    path: Path,
+    dataset: Dataset,
+    notes: Notes,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    like: Checkpoint | None = None,
+) -> Checkpoint:
+    """Load a checkpoint that fits the data. Raises OSError, or ValueError with one line.
+
+    `mean` and `std` (a value, or one a channel, in pixel units) go before what its JSON says; without either
+    it is fed as the checkpoint `like`, or plain pixels.
+    """
     from models.checkpoint import read_checkpoint
     from models.resnet8 import ResNet8
 
@@ -125,11 +153,19 @@ def load_checkpoint(path: Path, dataset: Dataset, notes: Notes) -> Checkpoint:
         )
     if classes != len(CLASS_NAMES):
         raise ValueError(f"{path}: has {classes} classes, CIFAR-10 has {len(CLASS_NAMES)}")
-    if "mean" not in described or "std" not in described:
-        notes.add(f"{described_in} does not say what {path.name} is fed: pixels from 0 to 255 are assumed")
-    for name, values in (("mean", checkpoint.mean), ("std", checkpoint.std)):
-        if len(values) != channels:
-            raise ValueError(f"{described_in}: input.{name} has {len(values)} values, expected {channels}")
+    if mean or std:
+        checkpoint = replace(
+            checkpoint,
+            mean=one_a_channel("--mean", mean, channels) if mean else checkpoint.mean,
+            std=one_a_channel("--std", std, channels) if std else checkpoint.std,
+        )
+    elif "mean" not in described or "std" not in described:
+        assumed = f"fed as {like.path.name}" if like else "pixels from 0 to 255 are assumed"
+        checkpoint = replace(checkpoint, mean=like.mean, std=like.std) if like else checkpoint
+        notes.add(
+            f"{described_in} does not say what {path.name} is fed: {assumed}"
+            + ("" if like else "; --mean and --std say it, or a copy of the original's .json under that name")
+        )
     if "sha256" in checkpoint.metadata and not checkpoint.is_as_converted:
         notes.add(
             f"{path} has changed since {described_in.name} was written (fine-tuned?): its SHA-256 differs"
@@ -141,25 +177,23 @@ def predict_all(
     checkpoint: Checkpoint,
     name: str,
     dataset: Dataset,
-    device: str,
+    device: torch.device,
     dtype: str,
     batch_size: int | None,
     workers: int | None,
-    notes: Notes,
     fold: bool = False,
 ) -> Predictions:
     """Feed all images to the network, and measure how long that takes.
 
-    `device`, `dtype`, `batch_size` and `workers` are the command line's; None suits the device. Raises
-    ValueError when this machine has not the device, and for NaN outputs.
+    `dtype`, `batch_size` and `workers` are the command line's; None suits the device. Raises ValueError for
+    NaN outputs.
     """
     import torch
 
     from models.evaluation import inference
 
-    target = inference.choose_device(device)
-    model = inference.prepare(checkpoint.model, target, getattr(torch, dtype), fold)
-    suitable = inference.batches_for(target)
+    model = inference.prepare(checkpoint.model, device, getattr(torch, dtype), fold)
+    suitable = inference.batches_for(device)
     batch_size, workers = batch_size or suitable[0], workers or suitable[1]
     scaling, progress = (checkpoint.mean, checkpoint.std), progress_bar(name)
     start = time.perf_counter()
@@ -170,36 +204,14 @@ def predict_all(
     throughput = {
         "seconds": seconds,
         "images_per_second": len(logits) / seconds,
-        "device": target.type,
+        "device": device.type,
         "dtype": dtype,
         "batch_size": batch_size,
         "workers": workers,
         "batch_norm_folded": fold,
     }
     log_probabilities = torch.from_numpy(logits).log_softmax(dim=1).numpy()
-    predictions = Predictions(name, checkpoint.path, log_probabilities, dataset.labels, throughput)
-    if predictions.metrics["accuracy"] < 2 / len(CLASS_NAMES):
-        notes.add(
-            f"{name} is near chance: most likely the input scaling is wrong. It is fed (pixel - mean) / std, "
-            f"pixels 0 to 255, mean {checkpoint.mean}, std {checkpoint.std}. If it wants other inputs, "
-            "convert it for them; for 0 to 1: python convert.py KERAS_FILE --mean 0 --std 255"
-        )
-    return predictions
-
-
-def find_shortfalls(evaluation: Evaluation, min_accuracy: float | None, max_drop: float | None) -> list[str]:
-    """Return one line for every bound that a checkpoint falls short of; None is no bound."""
-    reference, shortfalls = evaluation.keras or evaluation.ours, []
-    for each in (evaluation.ours, *evaluation.compared):
-        accuracy = each.metrics["accuracy"]
-        drop = (reference.metrics["correct"] - each.metrics["correct"]) / len(each.labels)
-        if min_accuracy is not None and accuracy < min_accuracy:
-            shortfalls.append(f"{each.name}: accuracy {accuracy:.4f}, --min-accuracy {min_accuracy:g}")
-        if max_drop is not None and drop > max_drop:
-            shortfalls.append(
-                f"{each.name}: accuracy {drop:.4f} below {reference.name}, --max-drop {max_drop:g}"
-            )
-    return shortfalls
+    return Predictions(name, checkpoint.path, log_probabilities, dataset.labels, *scaling, throughput)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -223,11 +235,11 @@ def parse_arguments() -> argparse.Namespace:
         "checkpoint",
         nargs="?",
         type=Path,
-        default=DEFAULT_CHECKPOINT,
-        help=f"a .pt file ({DEFAULT_CHECKPOINT})",
+        help="a .pt file (checkpoints/resnet8.pt beside this script)",
     )
     add("--compare", metavar="OTHER.pt", type=Path, nargs="+", default=[], help="evaluate these beside it")
-    add("--data-dir", metavar="DIR", type=Path, default=Path("data"), help="where CIFAR-10 is (data)")
+    add_scaling(parser, "CHECKPOINT")
+    add("--data-dir", metavar="DIR", type=Path, help="where CIFAR-10 is (data beside this script)")
     add("--data", choices=("auto", "full", "sample"), default="auto", help="the test set, or 1,000 of it")
     add("--download", action="store_true", help="download the test set into --data-dir if it is not there")
     add("--keras", metavar="KERAS_FILE", type=Path, help="the baseline (the file that CHECKPOINT came from)")
@@ -258,12 +270,18 @@ def parse_arguments() -> argparse.Namespace:
         help="exit with status 3 if further below Keras, or CHECKPOINT",
     )
     options = parser.parse_args()
+    check_scaling(parser, options)
     if options.keras and options.no_keras:
         parser.error("--keras and --no-keras exclude each other")
     if options.max_drop is not None and options.no_keras and not options.compare:
         parser.error("--max-drop needs a Keras baseline or a --compare to measure a drop by")
+    options.is_default = options.checkpoint is None
+    options.checkpoint = options.checkpoint or beside_the_scripts("checkpoints/resnet8.pt")
+    if options.data_dir and options.data == "auto":
+        options.data = "full"  # a folder that was named and does not hold it is a mistake
+    options.data_dir = options.data_dir or beside_the_scripts("data")
     return options
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

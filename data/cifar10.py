@@ -58,6 +58,11 @@ class Dataset:
     sha256: str  # hex digest of the N records, whichever version they were read from
     notice: str = ""  # one line for the user, when these are fewer images than asked for
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether it is the bundled sample of the test set."""
+        return self.sha256 == SAMPLE_SHA256
+
 
 @contextmanager
 def _os_errors_as_data_errors() -> Iterator[None]:
@@ -113,7 +118,12 @@ def _images_and_labels(records: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _official_records(data_dir: Path, split: str, download: bool) -> bytes | None:
-    """Return the records of the "test" or "training" set, or None when `data_dir` does not hold them."""
+    """Return the records of the "test" or "training" set, or None when `data_dir` does not hold them.
+
+    `data_dir` may also be the official folder itself.
+    """
+    if data_dir.absolute().name in (BINARY_FOLDER, PYTHON_FOLDER):
+        data_dir = data_dir.absolute().parent
     try:
         return _binary_version(data_dir, split)
     except FileNotFoundError:

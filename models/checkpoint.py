@@ -9,13 +9,14 @@ import json
 import math
 import pickle
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from data.files import write_files
+from data.files import sha256_of, write_files
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,11 @@ class Checkpoint:
     def is_as_converted(self) -> bool:
         """Whether the file is the one that `convert.py` wrote with the JSON."""
         return self.metadata.get("sha256") == self.sha256
+
+    @property
+    def origin(self) -> str | None:
+        """The SHA-256 of the file that it was converted from, if the JSON says it."""
+        return self.metadata.get("source", {}).get("sha256")
 
 
 def read_checkpoint(
@@ -69,6 +75,10 @@ def read_checkpoint(
 
     channels, scaling = model.conv1.in_channels, metadata.get("input", {})
     mean, std = scaling.get("mean", [0.0] * channels), scaling.get("std", [1.0] * channels)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            described_in = path.with_suffix(".json")
+            raise ValueError(f"{described_in}: input.{name} has {len(values)} values, expected {channels}")
     return Checkpoint(path, model, sha256_of(path), mean, std, metadata)
 
 
@@ -90,20 +100,16 @@ def write_checkpoint(path: Path, model: nn.Module, metadata: dict) -> dict:
     return metadata
 
 
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256, as hex digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Return the tensors of a `.pt` file, by name.
 
     No code in the file is run (`weights_only=True`). Raises OSError when it cannot be read, ValueError with
     one line when it is damaged, or holds anything but tensors.
     """
+    check_archive(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a TorchScript archive is warned of, then refused
+            warnings.simplefilter("ignore")
             state = torch.load(path, map_location=map_location, weights_only=True)
     except OSError:
         raise
@@ -123,6 +129,36 @@ def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dic
         if not dense or value.untyped_storage().nbytes() < value.nbytes:  # as an expanded tensor's is
             raise ValueError(f"{path}: {name} has not the {value.numel():,} values that its shape says")
     return state
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError for a file that is empty, of another kind than `torch.save` writes, or would grow.
+
+    `torch.save` stores records as they are. A compressed one can unpack to any size, so it is refused by the
+    archive's own table, before anything is unpacked.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        raise ValueError(f"{path}: is empty, so damaged")
+    if start != b"PK\x03\x04":
+        return
+    try:
+        records = zipfile.ZipFile(path).infolist()
+    except Exception as error:  # whatever the damage leads to
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
+    names = [record.filename.partition("/")[2] for record in records]
+    if "constants.pkl" in names:
+        what, instead = "a TorchScript archive", "torch.jit.load(...)"
+    elif "models/model.json" in names or "serialized_exported_program.json" in names:
+        what, instead = "a torch.export archive", "torch.export.load(...)"
+    elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError(f"{path}: holds compressed records; torch.save writes none")
+    elif sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError(f"{path}: damaged: its records are larger than the file")
+    else:
+        return
+    raise ValueError(f"{path}: {what}, which holds code; save {instead}.state_dict() with torch.save")
 
 
 def _is_number(value: object) -> bool:

@@ -14,5 +14,9 @@ class KerasFileError(ValueError):
         super().__init__("".join(c if c.isprintable() else "?" for c in message[:1000]))
 
 
+class OutputExistsError(Exception):
+    """A file is in the way that is not ours to replace. The message is one line."""
+
+
 class VerificationError(Exception):
     """The network does not compute what Keras computes. The message names the first layer that differs."""

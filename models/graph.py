@@ -14,7 +14,7 @@ import numpy as np
 
 from models.errors import KerasFileError
 from models.keras.arrays import running_number
-from models.keras.file import TRAINING_LAYERS, KerasFile, Layer, check_values
+from models.keras.file import KerasFile, Layer, check_values
 from models.mapping import MAPPING
 
 
@@ -84,7 +84,6 @@ GRAPH = {  # by PyTorch's names
     "fc": Place(DENSE, ["avgpool"]),
 }
 
-IDENTITY = TRAINING_LAYERS | {"Flatten"}  # layers that are stepped over
 INPUT_SCALING = {"Rescaling", "Normalization"}
 
 
@@ -98,7 +97,7 @@ def match_graph(file: KerasFile) -> dict[str, Layer]:
     Raises KerasFileError, naming the layer, what it is and what was expected, for anything but a ResNet8.
     """
     sources = sources_of(file)
-    unplaced = [layer for layer in file.layers[1:] if not is_identity(layer)]
+    unplaced = [layer for layer in file.layers[1:] if not layer.is_identity]
     places = {"input": file.layers[0]}
     for layer in unplaced.copy():
         if layer.class_name in INPUT_SCALING and sources[layer.name] == [places["input"].name]:
@@ -123,18 +122,12 @@ def match_graph(file: KerasFile) -> dict[str, Layer]:
     return places
 
 
-def is_identity(layer: Layer) -> bool:
-    """Return whether a layer computes nothing at inference."""
-    linear = layer.class_name == "Activation" and layer.config.get("activation") == "linear"
-    return layer.class_name in IDENTITY or linear
-
-
 def sources_of(file: KerasFile) -> dict[str, list[str]]:
     """Return the sorted names of the layers that each layer reads, by name, identities stepped over."""
     by_name = {layer.name: layer for layer in file.layers}
 
     def source(name: str) -> str:
-        while is_identity(by_name[name]):
+        while by_name[name].is_identity:
             name = by_name[name].inputs[0]
         return name
 

@@ -20,8 +20,21 @@ if TYPE_CHECKING:
 # torch is imported where it is first needed: by then Keras and the reader are starting in their processes.
 
 
+def one_a_channel(option: str, values: list[float], channels: int) -> list[float]:
+    """Return one finite value a channel; KerasFileError if there are neither one nor `channels` of them."""
+    if not np.isfinite(values).all():
+        raise KerasFileError(f"{option} is {values}, expected finite numbers")
+    if len(values) not in (1, channels):
+        raise KerasFileError(
+            f"{option} has {len(values)} values, but the model's input has {channels} channels"
+        )
+    return values * channels if len(values) == 1 else values
+
+
 def build_model(places: dict[str, Layer]) -> tuple[ResNet8, dict]:
-    """Return an untrained ResNet8 of the file's size, and its arguments."""
+    """Return a ResNet8 of the file's size, without memory for it, and its arguments."""
+    import torch
+
     from models.resnet8 import ResNet8
 
     conv1, norm, fc = places["conv1"], places["bn1"], places["fc"]
@@ -37,7 +50,8 @@ def build_model(places: dict[str, Layer]) -> tuple[ResNet8, dict]:
         "bn_eps": norm.config["epsilon"],
         "bn_momentum": round(1 - norm.config["momentum"], 12),
     }
-    return ResNet8(**arguments), arguments
+    with torch.device("meta"):  # a file can claim any width: only `load_tensors` allocates
+        return ResNet8(**arguments), arguments
 
 
 @dataclass(frozen=True)
@@ -82,11 +96,12 @@ def map_tensors(places: dict[str, Layer], model: ResNet8) -> list[Row]:
 
 
 def load_tensors(model: ResNet8, rows: list[Row]) -> None:
-    """Load every row's tensor into the network; `num_batches_tracked`, which has no row, stays 0."""
+    """Load every row's tensor into the network; `num_batches_tracked`, which has no row, is 0."""
     import torch
 
     tensors = {row.key: torch.from_numpy(row.tensor()) for row in rows}
-    model.load_state_dict({**model.state_dict(), **tensors})
+    untracked = {key: torch.tensor(0) for key in model.state_dict() if key not in tensors}
+    model.load_state_dict({**untracked, **tensors}, assign=True)
 
 
 def input_normalization(

@@ -58,6 +58,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,
+                start_new_session=True,  # Ctrl-C is for the command, which ends its workers
             )
         except OSError as error:
             raise WorkerError(f"cannot run {self.python}: {error.strerror}") from None

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from data.cifar10 import CLASS_NAMES, Dataset
-from data.files import write_atomically
-from models.checkpoint import Checkpoint, sha256_of
+from data.files import sha256_of, write_atomically
+from models.checkpoint import Checkpoint
 from models.errors import KerasFileError
 from models.evaluation.metrics import Predictions
 from models.evaluation.results import Notes
@@ -36,7 +36,7 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
 
 
 def keras_predictions(
-    keras_file: Path, checkpoint: Checkpoint, dataset: Dataset, python: str, notes: Notes
+    name: str, keras_file: Path, checkpoint: Checkpoint, dataset: Dataset, python: str, notes: Notes
 ) -> Predictions:
     """Return what the Keras model makes of the images: as kept beside the checkpoint, or from Keras itself.
 
@@ -47,13 +47,14 @@ def keras_predictions(
     # what the Keras model is fed differs from what ours is fed when the scaling is a layer of the Keras model
     scaling = checkpoint.metadata.get("source", {}).get("input", {})
     mean, std = scaling.get("mean", checkpoint.mean), scaling.get("std", checkpoint.std)
-    key = json.dumps({"keras": sha256_of(keras_file), "images": dataset.sha256, "mean": mean, "std": std})
-    cache = checkpoint.path.with_suffix(".keras.npz")
+    bn_eps = checkpoint.model.bn1.eps  # weights alone do not say it
+    key = {"keras": sha256_of(keras_file), "images": dataset.sha256, "mean": mean, "std": std}
+    key = json.dumps({**key, "bn_eps": bn_eps})
+    cache = checkpoint.path.with_suffix(".keras-sample.npz" if dataset.is_sample else ".keras.npz")
     shape = (len(dataset.labels), len(CLASS_NAMES))
     probabilities = read_cache(cache, key, shape, notes)
     if probabilities is None:
         notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
-        bn_eps = checkpoint.model.bn1.eps  # weights alone do not say it
         probabilities = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python)
         if probabilities.shape != shape or not np.isfinite(probabilities).all():
             raise ValueError(
@@ -66,7 +67,7 @@ def keras_predictions(
             notes.add(f"{cache} cannot be written: {error.strerror}; the next run will ask Keras again")
     # A float32 probability can be too small to be told from 0.
     log_probabilities = np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
-    return Predictions("Keras", keras_file, log_probabilities, dataset.labels)
+    return Predictions(name, keras_file, log_probabilities, dataset.labels, mean, std)
 
 
 def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> np.ndarray | None:
@@ -100,9 +101,8 @@ def ask_keras(
     from models.keras.process import KerasProcess
 
     with start_reader() as reader, KerasProcess(python) as keras:
-        file = read_keras_file(keras_file, reader)
         try:
-            file = with_graph(file, bn_eps)
+            file = with_graph(read_keras_file(keras_file, reader), bn_eps)
             takes = tuple(file.input_shape)
         except KerasFileError as error:  # which does not name the file
             raise KerasFileError(f"{keras_file}: {error}") from None

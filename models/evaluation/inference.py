@@ -13,16 +13,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.resnet8 import ResNet8
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", dtype: str = "float32") -> torch.device:
     """Return the device named "cpu", "cuda" or "mps", or with "auto" the fastest there is.
 
-    Raises ValueError when this machine does not have it.
+    Raises ValueError when this machine does not have it, or it does not compute in `dtype`.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise ValueError(f"--device {name}: this machine, or this PyTorch, has none")
+    if (name, dtype) == ("mps", "float64"):
+        raise ValueError("--dtype float64: an mps device has none")
     return torch.device(name)
 
 
@@ -54,12 +56,7 @@ def fold_batch_norm(model: ResNet8) -> ResNet8:
 
 
 def prepare(model: ResNet8, device: torch.device, dtype: torch.dtype, fold: bool = False) -> ResNet8:
-    """Return a copy of `model` for `predict`: on `device`, in `dtype`, channels-last, folded or not.
-
-    Raises ValueError when the device cannot compute in `dtype`.
-    """
-    if dtype == torch.float64 and device.type == "mps":
-        raise ValueError("--dtype float64: an mps device has none")
+    """Return a copy of `model` for `predict`: on `device`, in `dtype`, channels-last, folded or not."""
     torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of a float32's mantissa: 1e-3, not 1e-6
     model = fold_batch_norm(model) if fold else copy.deepcopy(model).eval()
     for module in model.modules():

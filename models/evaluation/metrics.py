@@ -18,12 +18,24 @@ class Predictions:
     path: Path
     log_probabilities: np.ndarray  # (N, classes) float64
     labels: np.ndarray  # (N,) int64: the true classes
+    mean: list[float]  # a value a channel, in pixel units: the model is fed (pixel - mean) / std
+    std: list[float]
     throughput: dict | None = None  # None: Keras, whose speed is not measured here
 
     @cached_property
     def classes(self) -> np.ndarray:
         """The predicted classes, (N,) int64."""
         return self.log_probabilities.argmax(axis=1)
+
+    @property
+    def is_fed_pixels(self) -> bool:
+        """Whether the model is fed pixels from 0 to 255 as they are."""
+        return not any(self.mean) and all(std == 1 for std in self.std)
+
+    @property
+    def is_near_chance(self) -> bool:
+        """Whether it is right less than twice as often as a guess."""
+        return self.metrics["accuracy"] < 2 / len(CLASS_NAMES)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -87,6 +99,27 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
         ways = ways * (tosses - heads) // (heads + 1)
         total += ways
     return min(1.0, 2 * total / 2**tosses)
+
+
+def near_chance_notes(
+    ours: Predictions, compared: list[Predictions], keras: Predictions | None, is_overridden: bool
+) -> list[str]:
+    """Return what to say of checkpoints near chance that may be fed the wrong inputs.
+
+    If another model is fed the same and is not near chance, the inputs are not to blame. What the JSON says
+    of ours and of the Keras model is the same input, unless --mean or --std took its place.
+    """
+    fine = [(each.mean, each.std) for each in (ours, *compared) if not each.is_near_chance]
+    if keras and not keras.is_near_chance:
+        fine.append((keras.mean, keras.std) if is_overridden else (ours.mean, ours.std))
+    return [
+        f"{each.name} is near chance: most likely the input scaling is wrong. It is fed "
+        f"(pixel - mean) / std, pixels 0 to 255, mean {each.mean}, std {each.std}. If it wants other "
+        "inputs, say so with --mean and --std, or convert it for them; for 0 to 1: "
+        "python convert.py KERAS_FILE --mean 0 --std 255"
+        for each in (ours, *compared)
+        if each.is_near_chance and (each.mean, each.std) not in fine
+    ]
 
 
 def short_names(paths: list[Path]) -> list[str]:

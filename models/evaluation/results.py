@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # rich, torch and matplotlib are imported where they are needed: `evaluate.py --help` needs none.
 
+RESULTS = ("metrics.txt", "metrics.json", "report.png")
 SIGNIFICANCE = 0.05  # below this, a difference is more than chance
 COLUMNS = 4  # models in one table: more do not fit 80 columns
 
@@ -64,7 +65,8 @@ class Evaluation:
         everyone = self.all_predictions
         tables = [models_table(everyone[i : i + COLUMNS]) for i in range(0, len(everyone), COLUMNS)]
         tables += [pairs_table(self.pairs)] if self.pairs else []
-        return f"{self.title}\n\n{as_text(tables)}\n"
+        scalings = [scaling_text(each) for each in everyone if not each.is_fed_pixels]
+        return "\n\n".join([self.title, as_text(tables), *scalings]) + "\n"
 
 
 def write_results(evaluation: Evaluation, folder: Path, with_figure: bool) -> list[Path]:
@@ -87,7 +89,11 @@ def write_results(evaluation: Evaluation, folder: Path, with_figure: bool) -> li
         writers[folder / "report.png"] = lambda file: draw_report(
             file, evaluation.title, evaluation.dataset, evaluation.ours, reference
         )
+    earlier = folder / "report.png"
+    is_ours = earlier not in writers and (folder / "metrics.json").is_file()
     write_files(writers)
+    if is_ours:  # it belongs to an earlier run, whose figures have just been replaced
+        earlier.unlink(missing_ok=True)
     return list(writers)
 
 
@@ -109,13 +115,18 @@ def metrics_json(evaluation: Evaluation) -> dict:
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": checkpoint.sha256,
         "dataset": {"name": dataset.name, "images": len(dataset.labels), "sha256": dataset.sha256},
-        "input": {"mean": checkpoint.mean, "std": checkpoint.std},
+        "input": fed(ours),
         "pytorch": ours.metrics,
-        "keras": keras and {"file": str(keras.path), **keras.metrics},
+        "keras": keras and {"file": str(keras.path), "input": fed(keras), **keras.metrics},
         "agreement": evaluation.pairs[0] if keras else None,
         "throughput": ours.throughput,
         "compared": [
-            {"checkpoint": str(each.path), **each.metrics, "throughput": each.throughput}
+            {
+                "checkpoint": str(each.path),
+                "input": fed(each),
+                **each.metrics,
+                "throughput": each.throughput,
+            }
             for each in evaluation.compared
         ],
         "pairs": evaluation.pairs,
@@ -123,6 +134,11 @@ def metrics_json(evaluation: Evaluation) -> dict:
         "environment": environment(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def fed(predictions: Predictions) -> dict:
+    """Return what a model is fed, as metrics.json holds it."""
+    return {"mean": predictions.mean, "std": predictions.std}
 
 
 def environment() -> dict:
@@ -136,6 +152,21 @@ def environment() -> dict:
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
     }
+
+
+def find_shortfalls(evaluation: Evaluation, min_accuracy: float | None, max_drop: float | None) -> list[str]:
+    """Return one line for every bound that a checkpoint falls short of; None is no bound."""
+    reference, shortfalls = evaluation.keras or evaluation.ours, []
+    for each in (evaluation.ours, *evaluation.compared):
+        accuracy = each.metrics["accuracy"]
+        drop = (reference.metrics["correct"] - each.metrics["correct"]) / len(each.labels)
+        if min_accuracy is not None and accuracy < min_accuracy:
+            shortfalls.append(f"{each.name}: accuracy {accuracy:.4f}, --min-accuracy {min_accuracy:g}")
+        if max_drop is not None and drop > max_drop:
+            shortfalls.append(
+                f"{each.name}: accuracy {drop:.4f} below {reference.name}, --max-drop {max_drop:g}"
+            )
+    return shortfalls
 
 
 def models_table(all_predictions: list[Predictions]) -> Table:
@@ -183,9 +214,15 @@ def pairs_table(pairs: list[dict]) -> Table:
             f"{pair['same_prediction']:,}",
             f"{100 * pair['accuracy_difference']:+.2f}",
             f"{pair['max_abs_probability_difference']:.1e}",
-            f"p = {p:.2f}: chance" if p >= SIGNIFICANCE else f"p = {p:.1e}",
+            f"p = {p:.2f}: chance" if p >= SIGNIFICANCE else f"p = {p:.1e}" if p > 1e-99 else "p < 1e-99",
         )
     return table
+
+
+def scaling_text(predictions: Predictions) -> str:
+    """Return what a model is fed, in two lines."""
+    mean, std = (", ".join(f"{value:g}" for value in v) for v in (predictions.mean, predictions.std))
+    return f"{predictions.name} is fed (pixel - mean) / std, pixels 0 to 255,\n  mean {mean}; std {std}"
 
 
 def as_text(tables: list[Table]) -> str:

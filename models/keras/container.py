@@ -55,6 +55,8 @@ def open_container(content: bytes) -> tuple[h5py.Group, dict | None, str | None,
         file, config, version, kind = open_hdf5(content)
     elif content.startswith(b"PK\x03\x04"):
         file, config, version, kind = open_archive(content)
+    elif not content:
+        raise KerasFileError("is empty")
     elif content.startswith(b"version https://git-lfs"):
         raise KerasFileError("is a Git LFS pointer, not the model itself: run 'git lfs pull'")
     else:

@@ -41,6 +41,12 @@ class Layer:
     inputs: tuple[str, ...]
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # by variable; as stored, in Keras's layout
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether it computes nothing at inference (a Flatten only says the same in another shape)."""
+        linear = self.class_name == "Activation" and self.config.get("activation") == "linear"
+        return linear or self.class_name == "Flatten" or self.class_name in TRAINING_LAYERS
+
 
 @dataclass(frozen=True)
 class KerasFile:
@@ -78,7 +84,7 @@ class KerasFile:
     @property
     def returns_probabilities(self) -> bool:
         """Whether the output has been through a softmax; otherwise it is logits."""
-        output = self.layers[-1]
+        output = next(layer for layer in reversed(self.layers) if not layer.is_identity)
         return output.class_name == "Softmax" or output.config.get("activation") == "softmax"
 
 
@@ -90,20 +96,21 @@ def start_reader() -> Worker:
 def read_keras_file(path: Path, reader: Worker) -> KerasFile:
     """Read a Keras model or weights file of any format; its kind is told from its content.
 
-    Raises KerasFileError with one line when it cannot be read, is damaged, or is not what it should be.
+    Raises KerasFileError with one line, which does not name the file, when it cannot be read, is damaged, or
+    is not what it should be.
     """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise KerasFileError(f"{path}: cannot be read: {error.strerror}") from None
+        raise KerasFileError(f"cannot be read: {error.strerror}") from None
     if len(content) > MAX_FILE_BYTES:
-        raise KerasFileError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, no ResNet8")
+        raise KerasFileError(f"larger than {MAX_FILE_BYTES >> 20} MiB, no ResNet8")
     try:
         reply, arrays = reader.ask({}, {"content": np.frombuffer(content, np.uint8)}, timeout=MAX_SECONDS)
     except WorkerError as error:
         reason = f"damaged: the HDF5 library fails on it ({error})" if error.status else error
-        raise KerasFileError(f"{path}: {reason}") from None
+        raise KerasFileError(str(reason)) from None
     layers = tuple(
         Layer(
             layer["name"],

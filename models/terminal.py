@@ -1,0 +1,78 @@
+"""What the two commands share at the terminal: options, printing that outlives its reader, a quiet Ctrl-C."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ends: 128 + SIGINT
+
+
+def run(command: Callable[[], int]) -> int:
+    """Run a command; return its exit status.
+
+    Ctrl-C ends it with one line. A reader of its output that goes away (`| head -1`) ends the printing, not
+    the work; if the output cannot be written otherwise (a full disk), that is said when the work is done.
+    """
+    sys.stdout = output = _Output(sys.stdout)
+    try:
+        status = command()
+        output.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if output.error:
+        print(f"error: cannot write to stdout: {output.error.strerror}", file=sys.stderr)
+    return status or int(output.error is not None)
+
+
+def beside_the_scripts(name: str) -> Path:
+    """Return a path in the repository, relative to the current folder if that is the repository."""
+    path = ROOT / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def add_scaling(parser: argparse._ActionsContainer, model: str) -> None:
+    """Add --mean and --std, which say what `model` is fed."""
+    parser.add_argument("--mean", type=float, nargs="+", help=f"{model} is fed (pixel - mean) / std,")
+    parser.add_argument("--std", type=float, nargs="+", help="pixels 0 to 255; one value, or one a channel")
+
+
+def check_scaling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with status 2 when --mean and --std make no sense."""
+    if options.std and not all(value > 0 for value in options.std):
+        parser.error("--std must be above 0")
+    if not all(map(math.isfinite, [*(options.mean or []), *(options.std or [])])):
+        parser.error("--mean and --std must be finite")
+
+
+class _Output:
+    """Stdout, whose other end may be closed, or full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.error = stream, None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.error = error
+            # to nowhere with what is written from now on, and with what the buffer still holds at the exit
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
