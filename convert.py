@@ -1,14 +1,19 @@
-"""Convert a Keras ResNet8 to PyTorch, and prove that nothing changed.
+"""Convert a Keras ResNet8 to PyTorch, or back, and prove that nothing changed.
 
     python convert.py [KERAS_FILE ...] [-o OUT.pt]
+    python convert.py CHECKPOINT.pt [-o OUT.h5]
 
 reads the Keras file without running any of it, finds every layer's place by following the graph, permutes
 the axes of its tensors into PyTorch's layout, compares every layer's activations with Keras's own, and writes
 OUT.pt, a plain state_dict, and OUT.json, which says where it came from and what it wants to be fed.
 
+A checkpoint goes the same way back: Keras builds and saves the model, and what it saved is read, matched and
+compared as any Keras file is, before OUT.h5 (or OUT.keras) and OUT.h5.json are written.
+
 The rooms behind it: `models/keras/` reads Keras files and runs Keras, `models/graph.py` has the table of the
 network and matches a file to it, `models/mapping.py` has the table of transposes and renames, which
-`models/tensors.py` applies, `models/proof.py` compares, `models/checkpoint.py` writes.
+`models/tensors.py` applies, `models/proof.py` compares, `models/checkpoint.py` reads and writes; both
+directions share the stages of `models/stages.py`.
 """
 
 from __future__ import annotations
@@ -17,79 +22,71 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
-from importlib.metadata import version
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from data.cifar10 import DataError
-from data.files import check_writable, sha256_of
-from models.errors import KerasFileError, OutputExistsError, VerificationError
-from models.graph import match_graph, with_graph
-from models.keras.file import KerasFile, read_keras_file, start_reader
+from data.files import write_files
+from models.errors import OutputExistsError, VerificationError
+from models.keras.file import read_keras_content, read_keras_file, start_reader
 from models.keras.process import KerasProcess
-from models.mapping import MAPPING
-from models.proof import (
-    MAX_ACTIVATION_DIFFERENCE,
-    MAX_PROBABILITY_DIFFERENCE,
-    compare_counts,
-    compare_numbers,
+from models.paths import KERAS_SUFFIXES, check_outputs, is_checkpoint, json_of
+from models.placing import graph_of, with_graph, with_rescaling
+from models.proof import compare_tensors
+from models.stages import map_rows, match, prove, verified_by
+from models.tensors import build_model, input_normalization, load_tensors, one_a_channel
+from models.terminal import (
+    add_scaling,
+    beside_the_scripts,
+    check_scaling,
+    describe_input,
+    print_summary,
+    run,
 )
-from models.tensors import (
-    Row,
-    build_model,
-    input_normalization,
-    load_tensors,
-    map_tensors,
-    one_a_channel,
-)
-from models.terminal import add_scaling, beside_the_scripts, check_scaling, run
 from models.worker import Worker, WorkerError
 
 # torch is imported where it is first needed: by then Keras and the reader are starting in their processes.
 
 DEFAULT_INPUT = "checkpoints/resnet8_keras.h5"  # beside this script
-FAILURES = (KerasFileError, OutputExistsError, VerificationError, WorkerError, DataError, OSError)
+FAILURES = (ValueError, OutputExistsError, VerificationError, WorkerError, DataError, OSError)
+WRITES_KERAS = "; a Keras file is written by Keras, so this way needs it"
 WITHOUT_KERAS = "; --no-verify converts without the comparison with Keras"
 
 
 def main() -> int:
     """Convert the files of the command line; return the exit status."""
-    arguments = parse_arguments()
-    keras, outcomes = None, []
-    with start_reader() as reader:
-        try:
-            keras = None if arguments.no_verify else KerasProcess(arguments.keras_python)
-            for path, output in zip(arguments.files, arguments.outputs, strict=True):
+    options = parse_arguments()
+    asks_keras = bool(options.checkpoints) or not options.no_verify
+    outcomes = []
+    try:
+        with (
+            start_reader() as reader,
+            KerasProcess(options.keras_python) if asks_keras else nullcontext() as keras,
+        ):
+            for path, output in zip(options.files, options.outputs, strict=True):
+                convert = partial(convert_back, rescaling=options.rescaling, verify=not options.no_verify)
+                if path not in options.checkpoints:
+                    convert = partial(convert_file, bn_eps=options.bn_eps)
                 try:
-                    check_outputs(output, output.with_suffix(".json"), arguments.force)
-                    metadata = convert_file(
-                        path,
-                        output,
-                        reader,
-                        keras,
-                        arguments.mean,
-                        arguments.std,
-                        arguments.bn_eps,
-                        arguments.verbose,
+                    check_outputs(output, options.force)
+                    verifying = None if options.no_verify and path not in options.checkpoints else keras
+                    metadata = convert(
+                        path, output, reader, verifying, options.mean, options.std, verbose=options.verbose
                     )
                     outcomes.append((path, metadata, str(output)))
                 except FAILURES as error:
-                    message = str(error)
-                    if isinstance(error, OSError):  # reading has errors of its own
+                    message = str(error).removeprefix(f"{path}: ")
+                    if isinstance(error, OSError):  # what cannot be read is a KerasFileError or a ValueError
                         message = f"cannot write {output} and its .json: {error.strerror}"
                     if isinstance(error, WorkerError):
                         print(error.log, file=sys.stderr, end="")
-                        message += WITHOUT_KERAS
+                        message += WRITES_KERAS if path in options.checkpoints else WITHOUT_KERAS
                     print(f"error: {path}: {message}", file=sys.stderr)
                     outcomes.append((path, None, message))
-        except WorkerError as error:
-            print(f"error: {error}{WITHOUT_KERAS}", file=sys.stderr)
-            return 1
-        finally:
-            if keras:
-                keras.close()
+    except WorkerError as error:
+        print(f"error: {error}{WITHOUT_KERAS}", file=sys.stderr)
+        return 1
     if len(outcomes) > 1:
         print_summary(outcomes)
     return int(any(metadata is None for _, metadata, _ in outcomes))
@@ -113,14 +110,11 @@ def convert_file(
     # Read: the file's layers in one form, whatever its format
     file = with_graph(read_keras_file(path, reader), bn_eps)
     print(f"{path}: {file.format}")
-    for note in notes_on(file):
+    for note in file.notes:
         print(f"  note: {note}")
 
     # Match: each layer in its place in the network
-    with stage("layers") as figures:
-        places = match_graph(file)
-        weighted = sum(layer.class_name in MAPPING for layer in places.values())
-        figures.append(f"{weighted} with weights and {len(file.layers) - weighted} others, each in its place")
+    places = match(file)
 
     # Map: each tensor, its axes in PyTorch's order, under its PyTorch key
     model, arguments = build_model(places)
@@ -130,26 +124,11 @@ def convert_file(
         one_a_channel("--std", std or [1.0], channels),
     )
     pytorch_input = input_normalization(file, places, *keras_input)
-    with stage("shapes") as figures:
-        rows = map_tensors(places, model)
-        figures.append(f"{len(rows)} tensors")
-    if verbose:
-        print_rows(rows)
+    rows = map_rows(places, model, verbose)
+    load_tensors(model, rows)
 
     # Prove: nothing is missing, and every layer computes what Keras's computes
-    with stage("parameters") as figures:
-        loaded = keras.load(file) if keras else None
-        figures.append(compare_counts(rows, model, loaded))
-
-    load_tensors(model, rows)
-    results = None
-    if keras:
-        with stage("numbers") as figures:
-            results = compare_numbers(file, places, model, keras, keras_input, pytorch_input)
-            results = {"keras": loaded["keras"], "rebuilt": loaded["rebuilt"], **results}
-            figures += describe(results)
-    else:
-        print("  numbers     not verified (--no-verify)")
+    results = prove(file, places, rows, model, keras, keras_input, pytorch_input)
 
     # Write: the state_dict, and what there is to know about it
     from models.checkpoint import write_checkpoint
@@ -171,113 +150,109 @@ def convert_file(
             "mean": pytorch_input[0],
             "std": pytorch_input[1],
         },
-        "verification": results,
-        "versions": {name: version(name) for name in ("torch", "numpy", "h5py")},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **verified_by(results),
     }
     metadata = write_checkpoint(output, model, metadata)
-    print(f"  wrote {output} and {output.with_suffix('.json')}")
+    print(f"  wrote {output} and {json_of(output)}")
     return metadata
 
 
-def check_outputs(output: Path, json_path: Path, force: bool) -> None:
-    """Raise OutputExistsError unless nothing is there, or what `convert.py` wrote and nobody has changed.
+def convert_back(
+    path: Path,
+    output: Path,
+    reader: Worker,
+    keras: KerasProcess,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    rescaling: bool = False,
+    verify: bool = True,
+    verbose: bool = False,
+) -> dict:
+    """Convert one checkpoint to Keras, write `output` (.h5 or .keras) and its JSON; return the latter.
 
-    The JSON has the SHA-256 of what was written with it; `force` replaces whatever is there. Raises OSError
-    when the files cannot be written.
+    `mean` and `std` (a value, or one a channel, in pixel units) say what the network is fed, where its JSON
+    does not; the Keras model is fed the same, or, with `rescaling`, plain pixels. Raises ValueError for what
+    is no checkpoint, VerificationError, WorkerError, OSError; writes nothing then.
     """
-    check_writable([output, json_path])
-    if force:
-        return
-    written = None
-    if json_path.exists():
-        with suppress(ValueError, TypeError, KeyError, RecursionError):  # it is not ours
-            metadata = json.loads(json_path.read_text())
-            written = metadata["architecture"] and metadata["source"] and metadata["sha256"]
-        if not written:
-            raise OutputExistsError(f"{json_path} is not of convert.py's writing; --force replaces it")
-    if output.exists() and sha256_of(output) != written:
-        raise OutputExistsError(f"{output} is not as convert.py wrote it (fine-tuned?); --force replaces it")
+    # Read: the network, what it is fed, and BatchNorm's constants
+    from models.checkpoint import read_checkpoint
+    from models.resnet8 import ResNet8
 
-
-def notes_on(file: KerasFile) -> list[str]:
-    """Return what is to be said of a file: what was assumed, and what of it is not float32."""
-    arrays = [array for layer in file.layers for array in layer.arrays.values() if array.dtype.kind == "f"]
-    stored = {str(array.dtype) for array in arrays} - {"float32"}
-    policies = set()
-    for layer in file.layers:
-        policy = layer.config.get("dtype", "float32")
-        if isinstance(policy, dict) and isinstance(policy.get("config"), dict):  # as Keras 3 writes it
-            policy = policy["config"].get("name")
-        policies.add(f"{policy!s:.40}")
-    policies -= {"float32"}
-    notes = [file.assumed] if file.assumed else []
-    notes += [f"{', '.join(sorted(stored))} weights, converted to float32"] if stored else []
-    return notes + ([f"dtype policy {', '.join(sorted(policies))}, converted to float32"] if policies else [])
-
-
-@contextmanager
-def stage(name: str) -> Iterator[list[str]]:
-    """Print a stage of the validation as passed, with the figures put into the list, or as failed."""
-    figures: list[str] = []
     try:
-        yield figures
-    except Exception:
-        print(f"  {name:<11} failed")
-        raise
-    for index, line in enumerate(figures):
-        print((f"  {name:<11} passed  {line}" if index == 0 else f"{'':22}{line}").rstrip())
+        checkpoint = read_checkpoint(ResNet8, path).fed(mean, std)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    model, arguments = checkpoint.model, checkpoint.arguments
+    channels, *image_size = checkpoint.input_shape
+    print(f"{path}: PyTorch state_dict")
+    for note in checkpoint.notes:
+        print(f"  note: {note}")
 
+    # Map: each tensor, its axes in Keras's order, in its place in the graph; then Keras builds and saves it
+    norm = {"epsilon": arguments["bn_eps"], "momentum": round(1 - arguments["bn_momentum"], 12)}
+    layers = graph_of({key: value.numpy() for key, value in model.state_dict().items()}, image_size, norm)
+    keras_input = pytorch_input = (checkpoint.mean, checkpoint.std)
+    if rescaling:
+        layers = with_rescaling(layers, *pytorch_input)
+        keras_input = ([0.0] * channels, [1.0] * channels)
+    content = keras.build(layers, output.suffix)
 
-def describe(results: dict) -> list[str]:
-    """Return the lines that say how far PyTorch is from Keras, from the results of the verification."""
-    keras, lines = f"Keras {results['keras']}", []
-    if results["rebuilt"]:
-        lines.append(f"{keras} got the graph from us: {results['rebuilt']}")
-    lines.append(f"{results['layers']} layers against {keras}, on real and random images")
-    for dtype in ("float64", "float32"):
-        found = results[dtype]
-        bound = f"(at most {MAX_ACTIVATION_DIFFERENCE:.0e})" if dtype == "float64" else ""
-        lines.append(f"{dtype}  activations    {found['activations']:.1e}  {bound}")
-        bound = f"(at most {MAX_PROBABILITY_DIFFERENCE[dtype]:.0e})"
-        lines.append(f"{'':7}  probabilities  {found['probabilities']:.1e}  {bound}")
-    return lines
+    # Match: what Keras saved is read as any Keras file is, and every tensor is the one that it was
+    file = read_keras_content(output, content, reader)
+    places = match(file)
+    if rescaling:  # Keras rounds its numbers to float32
+        pytorch_input = input_normalization(file, places, *keras_input)
+    rows = map_rows(places, model, verbose)
+    compare_tensors(rows, model)
 
+    # Prove: nothing is missing, and every layer computes what PyTorch's computes
+    results = prove(file, places, rows, model, keras if verify else None, keras_input, pytorch_input)
 
-def print_rows(rows: list[Row]) -> None:
-    """Print the mapping table, one row a tensor."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("Keras", "shape", "axes", "PyTorch", "shape", box=None, padding=(0, 1), show_edge=False)
-    for row in rows:
-        shape = "absent" if row.source is None else str(row.source.shape)
-        axes = f"= {row.absent:g}" if row.source is None else str(row.axes) if len(row.axes) > 1 else "as is"
-        table.add_row(f"{row.layer}/{row.variable}", shape, axes, row.key, str(row.shape))
-    Console(highlight=False, width=160).print(table)  # wide enough for the names, whatever the terminal
-
-
-def print_summary(outcomes: list[tuple[Path, dict | None, str]]) -> None:
-    """Print one line a file: what came of it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("file", "result", "float64 difference", "", box=None, padding=(0, 1), show_edge=False)
-    for path, metadata, detail in outcomes:
-        verification = metadata and metadata["verification"]
-        difference = f"{verification['float64']['probabilities']:.1e}" if verification else ""
-        table.add_row(str(path), "converted" if metadata else "refused", difference, detail)
-    print()
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    # Write: the Keras file, and what there is to know about it
+    metadata = {
+        "architecture": arguments,
+        "source": {
+            "file": os.path.relpath(path, output.parent),
+            "sha256": checkpoint.sha256,
+            "format": "PyTorch state_dict",
+            "input": {"mean": checkpoint.mean, "std": checkpoint.std},
+        },
+        "input": {
+            "layout": "NHWC",
+            "shape": [*image_size, channels],
+            "range": [0, 255],
+            "mean": keras_input[0],
+            "std": keras_input[1],
+        },
+        **verified_by(results),
+        "sha256": file.sha256,
+    }
+    description = json.dumps(metadata, indent=2) + "\n"
+    write_files(
+        {
+            output: lambda target: target.write(content),
+            json_of(output): lambda target: target.write(description.encode()),
+        }
+    )
+    print(f"  {describe_input('the Keras model', *keras_input)}")
+    print(f"  wrote {output} and {json_of(output)}")
+    return metadata
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line; exits with status 2 when it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", metavar="KERAS_FILE", type=Path, nargs="*", help=f"default: {DEFAULT_INPUT}")
-    parser.add_argument("-o", "--output", metavar="OUT", help="the .pt to write; a folder for several files")
+    parser.add_argument(
+        "files", metavar="FILE", type=Path, nargs="*", help=f"Keras files, or checkpoints ({DEFAULT_INPUT})"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", help="the .pt, .h5 or .keras to write; a folder for several files"
+    )
     parser.add_argument("--force", action="store_true", help="replace files that convert.py did not write")
-    add_scaling(parser, "the Keras model")
+    add_scaling(parser, "the model")
+    parser.add_argument(
+        "--rescaling", action="store_true", help="checkpoints: the Keras model scales its pixels itself"
+    )
     parser.add_argument(
         "--bn-eps", type=float, default=1e-3, help="epsilon to assume for weights alone (0.001)"
     )
@@ -295,10 +270,15 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--bn-eps must be between 0 and 1")
     bundled = beside_the_scripts(DEFAULT_INPUT)
     arguments.files = arguments.files or [bundled]
+    arguments.checkpoints = [path for path in arguments.files if is_checkpoint(path)]
     arguments.outputs = [
-        path.with_name("resnet8.pt") if path.absolute() == bundled.absolute() else path.with_suffix(".pt")
+        path.with_name("resnet8.pt")
+        if path.absolute() == bundled.absolute()
+        else path.with_suffix(".h5" if path in arguments.checkpoints else ".pt")
         for path in arguments.files
     ]
+    if arguments.rescaling and len(arguments.checkpoints) < len(arguments.files):
+        parser.error("--rescaling is for checkpoints: a Keras file has its own, or none")
     if arguments.output:
         output = Path(arguments.output)
         is_folder = output.is_dir() or arguments.output.endswith(("/", os.sep))
@@ -312,11 +292,19 @@ def parse_arguments() -> argparse.Namespace:
     if twice:
         parser.error(f"two of the files would be written to {min(twice)}")
     sources = {path.resolve() for path in arguments.files}
-    for output in arguments.outputs:
+    for path, output in zip(arguments.files, arguments.outputs, strict=True):
+        if (path in arguments.checkpoints) != (output.suffix in KERAS_SUFFIXES):
+            wanted = (
+                "a checkpoint becomes .h5 or .keras"
+                if path in arguments.checkpoints
+                else "that is a Keras file's"
+            )
+            parser.error(f"-o {output}: {wanted} ({path})")
         if output.suffix == ".json":
             parser.error(f"-o {output}: the .json beside the checkpoint would be written over it")
-        if sources & {output.resolve(), output.with_suffix(".json").resolve()}:
-            parser.error(f"{output} and its .json would be written over a Keras file: name another with -o")
+        if sources & {output.resolve(), json_of(output).resolve()}:
+            kind = "a checkpoint" if arguments.checkpoints else "a Keras file"
+            parser.error(f"{output} and its .json would be written over {kind}: name another with -o")
     return arguments
 
 

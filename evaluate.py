@@ -23,7 +23,6 @@ from data.cifar10 import CLASS_NAMES, DataError, Dataset, load_test
 from data.files import check_writable, sha256_of
 from models.evaluation.metrics import Predictions, compare, near_chance_notes, short_names
 from models.evaluation.results import RESULTS, Evaluation, Notes, find_shortfalls, progress_bar, write_results
-from models.tensors import one_a_channel
 from models.terminal import add_scaling, beside_the_scripts, check_scaling, run
 from models.worker import WorkerError
 
@@ -154,11 +153,7 @@ def load_checkpoint(
     if classes != len(CLASS_NAMES):
         raise ValueError(f"{path}: has {classes} classes, CIFAR-10 has {len(CLASS_NAMES)}")
     if mean or std:
-        checkpoint = replace(
-            checkpoint,
-            mean=one_a_channel("--mean", mean, channels) if mean else checkpoint.mean,
-            std=one_a_channel("--std", std, channels) if std else checkpoint.std,
-        )
+        checkpoint = checkpoint.fed(mean, std)
     elif "mean" not in described or "std" not in described:
         assumed = f"fed as {like.path.name}" if like else "pixels from 0 to 255 are assumed"
         checkpoint = replace(checkpoint, mean=like.mean, std=like.std) if like else checkpoint

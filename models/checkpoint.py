@@ -3,6 +3,8 @@
 Both are written whole or not at all, and read without running any code, whatever may stand in them.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
@@ -10,13 +12,15 @@ import math
 import pickle
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from data.files import sha256_of, write_files
+from models.tensors import one_a_channel
+from models.terminal import describe_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,48 @@ class Checkpoint:
     def is_as_converted(self) -> bool:
         """Whether the file is the one that `convert.py` wrote with the JSON."""
         return self.metadata.get("sha256") == self.sha256
+
+    @property
+    def arguments(self) -> dict:
+        """The network's size and BatchNorm's constants, as `ResNet8` takes them."""
+        return {
+            "num_classes": self.model.fc.out_features,
+            "width": self.model.conv1.out_channels,
+            "in_channels": self.model.conv1.in_channels,
+            "bn_eps": self.model.bn1.eps,
+            "bn_momentum": self.model.bn1.momentum,
+        }
+
+    @property
+    def input_shape(self) -> list[int | None]:
+        """The images' shape, [channels, height, width]; height and width may be None: any."""
+        shape = self.metadata.get("input", {}).get("shape", [None, 32, 32])
+        return [self.model.conv1.in_channels, *shape[1:]]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the JSON does not say, and was assumed."""
+        norm, fed = self.metadata.get("architecture", {}), self.metadata.get("input", {})
+        assumed = []
+        if "bn_eps" not in norm or "bn_momentum" not in norm:
+            assumed.append(
+                f"BatchNorm epsilon {self.model.bn1.eps:g} and momentum {self.model.bn1.momentum:g}"
+            )
+        if "shape" not in fed:
+            assumed.append("32 x 32 images")
+        if "mean" not in fed or "std" not in fed:
+            assumed.append(describe_input(self.path.name, self.mean, self.std))
+        missing = f"{self.path.with_suffix('.json').name} does not say it; assumed: {', '.join(assumed)}"
+        return [missing] if assumed else []
+
+    def fed(self, mean: list[float] | None, std: list[float] | None) -> Checkpoint:
+        """Return it with what is given (a value, or one a channel) in the place of what the JSON says."""
+        channels = self.model.conv1.in_channels
+        return replace(
+            self,
+            mean=one_a_channel("--mean", mean, channels) if mean else self.mean,
+            std=one_a_channel("--std", std, channels) if std else self.std,
+        )
 
     @property
     def origin(self) -> str | None:
@@ -54,6 +100,10 @@ def read_checkpoint(
     for name, tensor in state.items():
         if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
             raise ValueError(f"{path}: {name} is {tensor.dtype}, expected a floating-point tensor")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are NaN or infinite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{path}: {name} is negative ({tensor.min():g})")
     metadata = read_metadata(path)
     arguments = metadata.get("architecture", {})
     try:

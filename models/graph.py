@@ -1,21 +1,15 @@
 """What each layer of a ResNet8 is in Keras's terms, and which layers it reads: the table GRAPH.
 
 It is the only statement of the network in Keras's terms. `match_graph` finds each row's layer in a file, by
-the graph and never by names or order; `with_graph` places weights that come without a graph. It does not use
-`models/resnet8.py`, so that a mistake there cannot match itself; a test holds the two together.
+the graph and never by names or order; `models/placing.py` derives from it the graph of tensors that come
+without one. It does not use `models/resnet8.py`, so that a mistake there cannot match itself; a test holds
+the two together.
 """
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
 from models.errors import KerasFileError
-from models.keras.arrays import running_number
-from models.keras.file import KerasFile, Layer, check_values
-from models.mapping import MAPPING
+from models.keras.file import KerasFile, Layer
 
 
 class Place(NamedTuple):
@@ -198,129 +192,3 @@ def check_batch_norms(norms: list[Layer]) -> None:
             if value != first:
                 reason = f"{option} is {value}, but {first} in '{norms[0].name}'; one for all was expected"
                 raise KerasFileError(f"layer '{layer.name}': {reason}")
-
-
-# --- The graph for tensors that come without one ----------------------------------------------------------
-
-Saved = tuple[str, dict[str, np.ndarray]]  # a layer's name, and its arrays by variable
-
-
-def keras_layers(
-    channels: int,
-    width: int,
-    classes: int,
-    image_size: tuple[int | None, int | None],
-    norm: dict[str, float],
-    saved: Callable[[str, str, tuple[int, ...]], Saved],
-) -> list[Layer]:
-    """Return a ResNet8's layers in Keras's terms, in graph order, as GRAPH states them.
-
-    `saved(place, class_name, shape)` gives the name and the arrays of the layer at a place, whose first array
-    has that shape (() where it has none); `norm` has epsilon and momentum.
-    """
-    name, _ = saved("input", "InputLayer", ())
-    layers = [Layer(name, "InputLayer", {"name": name, "batch_shape": [None, *image_size, channels]}, ())]
-    names, outputs = {"input": name}, {"input": channels}  # of each place: its layer, its channels
-    for place, (required, reads, filters) in GRAPH.items():
-        inputs = outputs[reads[0]]
-        outputs[place] = classes if place == "fc" else filters * width or inputs
-        options = {option: allowed[0] for option, allowed in required.items()}
-        class_name = options.pop("class_name")
-        shapes = {
-            "Conv2D": (*options.get("kernel_size", ()), inputs, outputs[place]),
-            "BatchNormalization": (inputs,),
-            "Dense": (inputs, outputs[place]),
-        }
-        name, arrays = saved(place, class_name, shapes.get(class_name, ()))
-        switches = {v.switch: v.name in arrays for v in MAPPING.get(class_name, ()) if v.switch}
-        size = {
-            "Conv2D": {"filters": outputs[place]},
-            "Dense": {"units": classes},
-            "BatchNormalization": norm,
-        }
-        config = {"name": name, **options, **switches, **size.get(class_name, {})}
-        layers.append(Layer(name, class_name, config, tuple(names[read] for read in reads), arrays))
-        names[place] = name
-    return layers
-
-
-def with_graph(file: KerasFile, bn_eps: float = 1e-3) -> KerasFile:
-    """Return the file; if it holds weights alone, in a ResNet8's graph, where they have their places.
-
-    They are placed by their shapes and their saved order. `bn_eps` is the BatchNormalization epsilon to
-    assume. Raises KerasFileError with one line when they are not a ResNet8's, or their order is not certain.
-    """
-    if file.config is not None:
-        return file
-    unplaced = sort_weights(file.layers)
-    _, _, channels, width = unplaced["Conv2D"][0].arrays["kernel"].shape
-    classes = unplaced["Dense"][0].arrays["kernel"].shape[1]
-
-    def take(place: str, class_name: str, shape: tuple[int, ...]) -> Saved:
-        if class_name not in MAPPING:
-            return f"#{place}", {}
-        fits = [layer for layer in unplaced[class_name] if next(iter(layer.arrays.values())).shape == shape]
-        stems = {running_number(layer.name)[0] for layer in fits}
-        if len(stems) > 1 and not file.names_tensors:  # only running numbers tell the order
-            names = ", ".join(f"'{layer.name}'" for layer in fits)
-            raise KerasFileError(f"{names} have shape {shape}, and weights alone do not say which is first")
-        if not fits:
-            raise KerasFileError(
-                f"no tensor of shape {shape} is left in the file, as a ResNet8 of width {width} needs"
-            )
-        unplaced[class_name].remove(fits[0])
-        return fits[0].name, fits[0].arrays
-
-    norm = {"epsilon": bn_eps, "momentum": 0.99}
-    layers = tuple(keras_layers(channels, width, classes, (32, 32), norm, take))
-    check_values(layers)
-    assumed = (
-        "weights alone, placed by shape and saved order; assumed: BatchNormalization epsilon "
-        f"{bn_eps:g} (--bn-eps) and momentum 0.99, 'same' padding, strides 1, 2, 2, ReLU, softmax, "
-        "32 x 32 inputs"
-    )
-    return replace(file, layers=layers, assumed=assumed)
-
-
-def sort_weights(saved: tuple[Layer, ...]) -> dict[str, list[Layer]]:
-    """Return the layers of a file of weights alone by their class, which their tensors tell, in saved order.
-
-    Raises KerasFileError when they are not as many of each class as a ResNet8 has.
-    """
-    layers: dict[str, list[Layer]] = {class_name: [] for class_name in MAPPING}
-    for layer in saved:
-        if not layer.name.isprintable():
-            raise KerasFileError(f"layer '{layer.name}' has control codes in its name")
-        class_name, variables = class_of(layer)
-        arrays = dict(zip(variables, layer.arrays.values(), strict=False))
-        layers[class_name].append(replace(layer, class_name=class_name, arrays=arrays))
-
-    expected = Counter(place.required["class_name"][0] for place in GRAPH.values())
-    if any(len(found) != expected[class_name] for class_name, found in layers.items()):
-        order = ("Conv2D", "BatchNormalization", "Dense")
-        conv, norm, dense = (len(layers[class_name]) for class_name in order)
-        raise KerasFileError(
-            f"holds {conv} convolutions, {norm} BatchNormalizations and {dense} dense layers; "
-            "a ResNet8 has {}, {} and {}".format(*(expected[class_name] for class_name in order))
-        )
-    return layers
-
-
-def class_of(layer: Layer) -> tuple[str, list[str]]:
-    """Return the class of a layer that is known by its tensors alone, and what these are."""
-    ranks = [array.ndim for array in layer.arrays.values()]
-    if ranks in ([4], [4, 1]):
-        return "Conv2D", ["kernel", "bias"]
-    if ranks in ([2], [2, 1]):
-        return "Dense", ["kernel", "bias"]
-    if {"moving_mean", "moving_variance"} <= layer.arrays.keys():
-        return "BatchNormalization", list(layer.arrays)
-    if ranks in ([1, 1], [1, 1, 1, 1]):  # without names, these are all, or the statistics alone
-        variables = [variable.name for variable in MAPPING["BatchNormalization"]]
-        return "BatchNormalization", variables[-len(ranks) :]
-    if ranks == [1, 1, 1]:
-        raise KerasFileError(
-            f"'{layer.name}' has three tensors: gamma or beta is missing, and weights alone do not say which"
-        )
-    shapes = [array.shape for array in layer.arrays.values()]
-    raise KerasFileError(f"'{layer.name}' has tensors of shapes {shapes}: no layer of a ResNet8")

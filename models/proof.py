@@ -57,6 +57,14 @@ def count_parameters(model: ResNet8) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(buffer.numel() for buffer in statistics)
 
 
+def compare_tensors(rows: list[Row], model: ResNet8) -> None:
+    """Raise VerificationError unless every tensor of the network is in its row, bit for bit."""
+    state = model.state_dict()
+    for row in rows:
+        if not np.array_equal(row.tensor(), state[row.key].numpy()):
+            raise VerificationError(f"{row.key} is not what Keras's '{row.layer}' has as its {row.variable}")
+
+
 def compare_numbers(
     file: KerasFile,
     places: dict[str, Layer],
@@ -106,6 +114,21 @@ def compare_numbers(
             results[dtype]["probabilities"] = max(results[dtype]["probabilities"], difference)
     model.float()
     return {"layers": len(compared), **results}
+
+
+def figures_of(results: dict) -> list[str]:
+    """Return the lines that say how far PyTorch is from Keras, from the results of a verification."""
+    keras, lines = f"Keras {results['keras']}", []
+    if results["rebuilt"]:
+        lines.append(f"{keras} got the graph from us: {results['rebuilt']}")
+    lines.append(f"{results['layers']} layers against {keras}, on real and random images")
+    for dtype in ("float64", "float32"):
+        found = results[dtype]
+        bound = f"(at most {MAX_ACTIVATION_DIFFERENCE:.0e})" if dtype == "float64" else ""
+        lines.append(f"{dtype}  activations    {found['activations']:.1e}  {bound}")
+        bound = f"(at most {MAX_PROBABILITY_DIFFERENCE[dtype]:.0e})"
+        lines.append(f"{'':7}  probabilities  {found['probabilities']:.1e}  {bound}")
+    return lines
 
 
 def probe_images(shape: list[int | None]) -> dict[str, np.ndarray]:

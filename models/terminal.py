@@ -1,7 +1,8 @@
-"""What the two commands share at the terminal: options, printing that outlives its reader, a quiet Ctrl-C."""
+"""The terminal: options and printing that the commands share, a reader that goes away, and Ctrl-C."""
+
+from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -46,8 +47,28 @@ def check_scaling(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     """Exit with status 2 when --mean and --std make no sense."""
     if options.std and not all(value > 0 for value in options.std):
         parser.error("--std must be above 0")
-    if not all(map(math.isfinite, [*(options.mean or []), *(options.std or [])])):
-        parser.error("--mean and --std must be finite")
+
+
+def describe_input(model: str, mean: list[float], std: list[float]) -> str:
+    """Return in words what a model is fed."""
+    if not any(mean) and all(value == 1 for value in std):
+        return f"{model} is fed pixels, 0 to 255"
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (mean, std))
+    return f"{model} is fed (pixel - mean) / std, pixels 0 to 255,\n  mean {mean}; std {std}"
+
+
+def print_summary(outcomes: list[tuple[Path, dict | None, str]]) -> None:
+    """Print one line a file: what came of it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "result", "float64 difference", "", box=None, padding=(0, 1), show_edge=False)
+    for path, metadata, detail in outcomes:
+        verification = metadata and metadata["verification"]
+        difference = f"{verification['float64']['probabilities']:.1e}" if verification else ""
+        table.add_row(str(path), "converted" if metadata else "refused", difference, detail)
+    print()
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 class _Output:

@@ -96,9 +96,10 @@ def ask_keras(
     `bn_eps` is for a file of weights alone, which does not say it; the Keras model is fed
     (pixel - mean) / std, a value a channel. Raises as `keras_predictions` does.
     """
-    from models.graph import with_graph  # a run that finds the answer kept needs none of these
+    # a run that finds the answer kept needs none of these
     from models.keras.file import read_keras_file, start_reader
     from models.keras.process import KerasProcess
+    from models.placing import with_graph
 
     with start_reader() as reader, KerasProcess(python) as keras:
         try:

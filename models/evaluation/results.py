@@ -20,6 +20,7 @@ import numpy as np
 from data.cifar10 import CLASS_NAMES, Dataset
 from data.files import write_files
 from models.evaluation.metrics import Predictions, compare
+from models.terminal import describe_input
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +66,9 @@ class Evaluation:
         everyone = self.all_predictions
         tables = [models_table(everyone[i : i + COLUMNS]) for i in range(0, len(everyone), COLUMNS)]
         tables += [pairs_table(self.pairs)] if self.pairs else []
-        scalings = [scaling_text(each) for each in everyone if not each.is_fed_pixels]
+        scalings = [
+            describe_input(each.name, each.mean, each.std) for each in everyone if not each.is_fed_pixels
+        ]
         return "\n\n".join([self.title, as_text(tables), *scalings]) + "\n"
 
 
@@ -217,12 +220,6 @@ def pairs_table(pairs: list[dict]) -> Table:
             f"p = {p:.2f}: chance" if p >= SIGNIFICANCE else f"p = {p:.1e}" if p > 1e-99 else "p < 1e-99",
         )
     return table
-
-
-def scaling_text(predictions: Predictions) -> str:
-    """Return what a model is fed, in two lines."""
-    mean, std = (", ".join(f"{value:g}" for value in v) for v in (predictions.mean, predictions.std))
-    return f"{predictions.name} is fed (pixel - mean) / std, pixels 0 to 255,\n  mean {mean}; std {std}"
 
 
 def as_text(tables: list[Table]) -> str:

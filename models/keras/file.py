@@ -87,6 +87,26 @@ class KerasFile:
         output = next(layer for layer in reversed(self.layers) if not layer.is_identity)
         return output.class_name == "Softmax" or output.config.get("activation") == "softmax"
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the file: what was assumed, and what of it is not float32."""
+        arrays = [
+            array for layer in self.layers for array in layer.arrays.values() if array.dtype.kind == "f"
+        ]
+        stored = {str(array.dtype) for array in arrays} - {"float32"}
+        policies = set()
+        for layer in self.layers:
+            policy = layer.config.get("dtype", "float32")
+            if isinstance(policy, dict) and isinstance(policy.get("config"), dict):  # as Keras 3 writes it
+                policy = policy["config"].get("name")
+            policies.add(f"{policy!s:.40}")
+        policies -= {"float32"}
+        notes = [self.assumed] if self.assumed else []
+        notes += [f"{', '.join(sorted(stored))} weights, converted to float32"] if stored else []
+        return notes + (
+            [f"dtype policy {', '.join(sorted(policies))}, converted to float32"] if policies else []
+        )
+
 
 def start_reader() -> Worker:
     """Start the process that `read_keras_file` needs."""
@@ -106,6 +126,11 @@ def read_keras_file(path: Path, reader: Worker) -> KerasFile:
         raise KerasFileError(f"cannot be read: {error.strerror}") from None
     if len(content) > MAX_FILE_BYTES:
         raise KerasFileError(f"larger than {MAX_FILE_BYTES >> 20} MiB, no ResNet8")
+    return read_keras_content(path, content, reader)
+
+
+def read_keras_content(path: Path, content: bytes, reader: Worker) -> KerasFile:
+    """Do what `read_keras_file` does, for the content of a file that is, or will be, at `path`."""
     try:
         reply, arrays = reader.ask({}, {"content": np.frombuffer(content, np.uint8)}, timeout=MAX_SECONDS)
     except WorkerError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 
-from models.keras.file import KerasFile
+from models.keras.file import KerasFile, Layer
 from models.worker import Worker
 
 
@@ -24,14 +25,11 @@ class KerasProcess:
         `rebuilt`: None when Keras read the file by itself, else why it could not, and was given the graph
         and the arrays that our reader had found. Raises WorkerError when Keras is missing or fails.
         """
-        arrays = {
-            f"{layer.name}:{variable}": array
-            for layer in file.layers
-            for variable, array in layer.arrays.items()
-        }
-        graph = [(layer.name, layer.class_name, layer.config, layer.inputs) for layer in file.layers]
-        request = {"do": "load", "config": file.config, "graph": graph}
-        return self.worker.ask(request, {"content": np.frombuffer(file.content, np.uint8), **arrays})[0]
+        content = np.frombuffer(file.content, np.uint8)
+        return self.worker.ask(
+            {"do": "load", "config": file.config, "graph": graph_of(file.layers)},
+            {"content": content, **arrays_of(file.layers)},
+        )[0]
 
     def activations(
         self,
@@ -50,6 +48,14 @@ class KerasProcess:
         request = {"do": "activations", "mean": mean, "std": std, "dtype": dtype, "layers": layers}
         return self.worker.ask(request, {"images": images})[1]
 
+    def build(self, layers: list[Layer], suffix: str) -> bytes:
+        """Return the content of the model file that Keras writes for a graph and its arrays.
+
+        `suffix` is .h5 or .keras. Raises WorkerError when Keras is missing or fails.
+        """
+        request = {"do": "build", "graph": graph_of(layers), "suffix": suffix}
+        return self.worker.ask(request, arrays_of(layers))[1]["content"].tobytes()
+
     def close(self) -> None:
         """End the process."""
         self.worker.close()
@@ -59,3 +65,13 @@ class KerasProcess:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def graph_of(layers: Iterable[Layer]) -> list[tuple]:
+    """Return the layers without their arrays, as a request holds them."""
+    return [(layer.name, layer.class_name, layer.config, layer.inputs) for layer in layers]
+
+
+def arrays_of(layers: Iterable[Layer]) -> dict[str, np.ndarray]:
+    """Return the layers' arrays by `layer:variable`."""
+    return {f"{layer.name}:{name}": array for layer in layers for name, array in layer.arrays.items()}

@@ -70,6 +70,14 @@ class Server:
         }
         return reply, {}
 
+    def build(self, arrays: dict[str, np.ndarray], graph: list, suffix: str) -> tuple[dict, dict]:
+        """Return the content of the file that Keras saves for a graph and its arrays."""
+        model, _ = rebuild(graph, arrays, keep_names=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"model{suffix}"
+            model.save(path)
+            return {}, {"content": np.frombuffer(path.read_bytes(), np.uint8)}
+
     def activations(
         self,
         arrays: dict[str, np.ndarray],
@@ -123,15 +131,20 @@ def load_file(content: bytes, config: dict) -> object:
         return keras.models.load_model(path, compile=False)
 
 
-def rebuild(graph: list, arrays: dict[str, np.ndarray]) -> tuple[object, dict[str, str]]:
-    """Return the Keras model of a graph and arrays that our reader found, and its layers' names there."""
+def rebuild(
+    graph: list, arrays: dict[str, np.ndarray], keep_names: bool = False
+) -> tuple[object, dict[str, str]]:
+    """Return the Keras model of a graph and arrays, and for each of its layers' names that in the graph.
+
+    A name in the graph that our reader found, such as `model/layer`, may be none that Keras takes.
+    """
     import keras
 
     tensors, names = {}, {}
     for name, class_name, config, inputs in graph:
         if class_name == "InputLayer":
             shape = config.get("batch_shape") or config["batch_input_shape"]
-            first = tensors[name] = keras.Input(shape[1:])
+            first = tensors[name] = keras.Input(shape[1:], name=name if keep_names else None)
             continue
         layer_class = getattr(keras.layers, class_name)
         # initializers and the like change nothing here, and older versions spell them differently
@@ -141,7 +154,8 @@ def rebuild(graph: list, arrays: dict[str, np.ndarray]) -> tuple[object, dict[st
         }
         if class_name == "BatchNormalization":
             options["axis"] = -1  # Keras 2 writes [3]
-        layer = layer_class(**{**options, "name": f"layer_{len(names)}", "dtype": "float32"})
+        options |= {"name": name if keep_names else f"layer_{len(names)}", "dtype": "float32"}
+        layer = layer_class(**options)
         names[layer.name] = name
         sources = [tensors[source] for source in inputs]
         tensors[name] = layer(sources if len(sources) > 1 else sources[0])

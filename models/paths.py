@@ -1,0 +1,50 @@
+"""Which file is what, which JSON describes it, and what may be written over."""
+
+import json
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+from data.files import check_writable, sha256_of
+from models.errors import OutputExistsError
+
+KERAS_SUFFIXES = (".h5", ".keras")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a file is PyTorch's, which its content tells; False when it cannot be read."""
+    with suppress(OSError):
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start == b"PK":
+            with suppress(Exception):  # whatever the damage leads to
+                return not {"config.json", "metadata.json"} & set(zipfile.ZipFile(path).namelist())
+        return start in (b"PK", b"\x80\x02") and path.suffix not in KERAS_SUFFIXES
+    return False
+
+
+def json_of(output: Path) -> Path:
+    """Return the JSON's path: model.json beside model.pt, model.h5.json beside model.h5."""
+    is_keras = output.suffix in KERAS_SUFFIXES
+    return output.with_name(f"{output.name}.json") if is_keras else output.with_suffix(".json")
+
+
+def check_outputs(output: Path, force: bool) -> None:
+    """Raise OutputExistsError unless nothing is there, or what `convert.py` wrote and nobody has changed.
+
+    The JSON has the SHA-256 of what was written with it; `force` replaces whatever is there. Raises OSError
+    when the files cannot be written.
+    """
+    json_path = json_of(output)
+    check_writable([output, json_path])
+    if force:
+        return
+    written = None
+    if json_path.exists():
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # it is not ours
+            metadata = json.loads(json_path.read_text())
+            written = metadata["architecture"] and metadata["source"] and metadata["sha256"]
+        if not written:
+            raise OutputExistsError(f"{json_path} is not of convert.py's writing; --force replaces it")
+    if output.exists() and sha256_of(output) != written:
+        raise OutputExistsError(f"{output} is not as convert.py wrote it (fine-tuned?); --force replaces it")

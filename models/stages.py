@@ -1,0 +1,102 @@
+"""The stages that both directions of a conversion go through, each printed as it passes.
+
+A Keras file is matched to the network, its tensors are mapped, and the network is proven to be Keras's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from models.graph import match_graph
+from models.keras.file import KerasFile, Layer
+from models.keras.process import KerasProcess
+from models.mapping import MAPPING
+from models.proof import Scaling, compare_counts, compare_numbers, figures_of
+from models.tensors import Row, map_tensors
+
+if TYPE_CHECKING:
+    from models.resnet8 import ResNet8
+
+
+def match(file: KerasFile) -> dict[str, Layer]:
+    """Return each layer in its place in the network, and print that stage."""
+    with stage("layers") as figures:
+        places = match_graph(file)
+        weighted = sum(layer.class_name in MAPPING for layer in places.values())
+        figures.append(f"{weighted} with weights and {len(file.layers) - weighted} others, each in its place")
+    return places
+
+
+def map_rows(places: dict[str, Layer], model: ResNet8, verbose: bool) -> list[Row]:
+    """Return the mapping, tensor by tensor, and print that stage."""
+    with stage("shapes") as figures:
+        rows = map_tensors(places, model)
+        figures.append(f"{len(rows)} tensors")
+    if verbose:
+        print_rows(rows)
+    return rows
+
+
+def prove(
+    file: KerasFile,
+    places: dict[str, Layer],
+    rows: list[Row],
+    model: ResNet8,
+    keras: KerasProcess | None,
+    keras_input: Scaling,
+    pytorch_input: Scaling,
+) -> dict | None:
+    """Compare the network with Keras, and print these stages; return the figures, None without Keras.
+
+    Raises VerificationError, which names the first layer that differs.
+    """
+    with stage("parameters") as figures:
+        loaded = keras.load(file) if keras else None
+        figures.append(compare_counts(rows, model, loaded))
+    if keras is None:
+        print("  numbers     not verified (--no-verify)")
+        return None
+    with stage("numbers") as figures:
+        results = compare_numbers(file, places, model, keras, keras_input, pytorch_input)
+        results = {"keras": loaded["keras"], "rebuilt": loaded["rebuilt"], **results}
+        figures += figures_of(results)
+    return results
+
+
+def verified_by(results: dict | None) -> dict:
+    """Return what both directions' JSON says of the proof: its figures, by which versions, and when."""
+    return {
+        "verification": results,
+        "versions": {name: version(name) for name in ("torch", "numpy", "h5py")},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+@contextmanager
+def stage(name: str) -> Iterator[list[str]]:
+    """Print a stage of the validation as passed, with the figures put into the list, or as failed."""
+    figures: list[str] = []
+    try:
+        yield figures
+    except Exception:
+        print(f"  {name:<11} failed")
+        raise
+    for index, line in enumerate(figures):
+        print((f"  {name:<11} passed  {line}" if index == 0 else f"{'':22}{line}").rstrip())
+
+
+def print_rows(rows: list[Row]) -> None:
+    """Print the mapping table, one row a tensor."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("Keras", "shape", "axes", "PyTorch", "shape", box=None, padding=(0, 1), show_edge=False)
+    for row in rows:
+        shape = "absent" if row.source is None else str(row.source.shape)
+        axes = f"= {row.absent:g}" if row.source is None else str(row.axes) if len(row.axes) > 1 else "as is"
+        table.add_row(f"{row.layer}/{row.variable}", shape, axes, row.key, str(row.shape))
+    Console(highlight=False, width=160).print(table)  # wide enough for the names, whatever the terminal
