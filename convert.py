@@ -117,11 +117,13 @@ def convert_file(
     places = match(file)
 
     # Map: each tensor, its axes in PyTorch's order, under its PyTorch key
+    from models.checkpoint import write_checkpoint, written_input
+
     model, arguments = build_model(places)
-    channels = arguments["in_channels"]
+    channels, written = arguments["in_channels"], written_input(path, file.sha256)
     keras_input = (
-        one_a_channel("--mean", mean or [0.0], channels),
-        one_a_channel("--std", std or [1.0], channels),
+        one_a_channel("--mean", mean or written.get("mean", [0.0]), channels),
+        one_a_channel("--std", std or written.get("std", [1.0]), channels),
     )
     pytorch_input = input_normalization(file, places, *keras_input)
     rows = map_rows(places, model, verbose)
@@ -131,8 +133,6 @@ def convert_file(
     results = prove(file, places, rows, model, keras, keras_input, pytorch_input)
 
     # Write: the state_dict, and what there is to know about it
-    from models.checkpoint import write_checkpoint
-
     metadata = {
         "architecture": arguments,
         "source": {

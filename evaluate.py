@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,11 +80,13 @@ def evaluate(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         workers=options.workers,
     )
-    checkpoint = load_checkpoint(options.checkpoint, dataset, notes, options.mean, options.std)
+    checkpoint = load_checkpoint(
+        options.checkpoint, dataset, notes, options.mean, options.std, dtype=options.dtype
+    )
     # One at a time, so that memory does not grow; before Keras, so that a bad one shows early.
     compared, origins = [], {name: checkpoint.origin}
     for path, compared_name in zip(options.compare, compared_names, strict=True):
-        other = load_checkpoint(path, dataset, notes, like=checkpoint)
+        other = load_checkpoint(path, dataset, notes, like=checkpoint, dtype=options.dtype)
         compared.append(predict(other, compared_name))
         origins[compared_name] = other.origin
 
@@ -133,16 +136,21 @@ def load_checkpoint(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     like: Checkpoint | None = None,
+    dtype: str = "float32",
 ) -> Checkpoint:
     """Load a checkpoint that fits the data. Raises OSError, or ValueError with one line.
 
     `mean` and `std` (a value, or one a channel, in pixel units) go before what its JSON says; without either
     it is fed as the checkpoint `like`, or plain pixels.
     """
+    import torch
+
     from models.checkpoint import read_checkpoint
     from models.resnet8 import ResNet8
 
-    checkpoint = read_checkpoint(ResNet8, path)
+    checkpoint = read_checkpoint(ResNet8, path, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    if checkpoint.read_as:
+        notes.add(checkpoint.read_as)
     channels, classes = checkpoint.model.conv1.in_channels, checkpoint.model.fc.out_features
     described, described_in = checkpoint.metadata.get("input", {}), path.with_suffix(".json")
     shape = [channels, *described.get("shape", [None] * 3)[1:]]
@@ -178,10 +186,9 @@ def predict_all(
     workers: int | None,
     fold: bool = False,
 ) -> Predictions:
-    """Feed all images to the network, and measure how long that takes.
+    """Return what a checkpoint's network makes of the images, on a device, in a dtype, folded or not.
 
-    `dtype`, `batch_size` and `workers` are the command line's; None suits the device. Raises ValueError for
-    NaN outputs.
+    `batch_size` and `workers` are the command line's; None suits the device.
     """
     import torch
 
@@ -190,23 +197,49 @@ def predict_all(
     model = inference.prepare(checkpoint.model, device, getattr(torch, dtype), fold)
     suitable = inference.batches_for(device)
     batch_size, workers = batch_size or suitable[0], workers or suitable[1]
-    scaling, progress = (checkpoint.mean, checkpoint.std), progress_bar(name)
+    found = score(model, dataset, checkpoint.mean, checkpoint.std, name, batch_size, workers, checkpoint.path)
+    ran = {"device": device.type, "dtype": dtype, "batch_norm_folded": fold}
+    return replace(found, throughput={**found.throughput, **ran})
+
+
+def score(
+    network: Callable[[torch.Tensor], torch.Tensor | np.ndarray],
+    dataset: Dataset,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    name: str = "network",
+    batch_size: int = 100,
+    workers: int = 1,
+    path: Path | None = None,
+) -> Predictions:
+    """Feed a data set to a network, and measure how long that takes.
+
+    `network` is any function of a (N, 3, 32, 32) float32 tensor that gives (N, 10) logits, a tensor or an
+    array: quantized, exported, compiled, or of another runtime. It is fed (pixel - mean) / std, `mean` and
+    `std` a value a channel, in pixel units; without them plain pixels, 0 to 255. `workers` threads call it at
+    a time. Raises ValueError when its outputs are none, NaN or infinite.
+    """
+    import torch
+
+    from models.evaluation import inference
+
+    channels = dataset.images.shape[1]
+    mean, std = mean or [0.0] * channels, std or [1.0] * channels
     start = time.perf_counter()
-    logits = inference.predict(model, dataset.images, *scaling, batch_size, workers, progress)
+    logits = inference.predict(network, dataset.images, mean, std, batch_size, workers, progress_bar(name))
     seconds = time.perf_counter() - start
+    if logits.shape != (len(dataset.labels), len(CLASS_NAMES)):
+        raise ValueError(f"{path or name}: the network's outputs have shape {logits.shape}")
     if not np.isfinite(logits).all():
-        raise ValueError(f"{checkpoint.path}: the network's outputs are NaN or infinite (in {dtype})")
+        raise ValueError(f"{path or name}: the network's outputs are NaN or infinite")
     throughput = {
         "seconds": seconds,
         "images_per_second": len(logits) / seconds,
-        "device": device.type,
-        "dtype": dtype,
         "batch_size": batch_size,
         "workers": workers,
-        "batch_norm_folded": fold,
     }
     log_probabilities = torch.from_numpy(logits).log_softmax(dim=1).numpy()
-    return Predictions(name, checkpoint.path, log_probabilities, dataset.labels, *scaling, throughput)
+    return Predictions(name, path, log_probabilities, dataset.labels, mean, std, throughput)
 
 
 def parse_arguments() -> argparse.Namespace:

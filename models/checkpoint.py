@@ -9,16 +9,16 @@ import hashlib
 import io
 import json
 import math
-import pickle
-import warnings
-import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.files import sha256_of, write_files
+from models.paths import json_of
+from models.state_dict import load, plain_state_dict
 from models.tensors import one_a_channel
 from models.terminal import describe_input
 
@@ -33,6 +33,7 @@ class Checkpoint:
     mean: list[float]  # a value a channel, in pixel units: the network is fed (pixel - mean) / std
     std: list[float]
     metadata: dict  # of the JSON file beside it; {} if there is none
+    read_as: str  # what was done to read it; "" for a plain float32 state_dict
 
     @property
     def is_as_converted(self) -> bool:
@@ -58,7 +59,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> list[str]:
-        """What the JSON does not say, and was assumed."""
+        """What was done to read it, and what the JSON does not say and was assumed."""
         norm, fed = self.metadata.get("architecture", {}), self.metadata.get("input", {})
         assumed = []
         if "bn_eps" not in norm or "bn_momentum" not in norm:
@@ -69,8 +70,9 @@ class Checkpoint:
             assumed.append("32 x 32 images")
         if "mean" not in fed or "std" not in fed:
             assumed.append(describe_input(self.path.name, self.mean, self.std))
+        read_as = [self.read_as] if self.read_as else []
         missing = f"{self.path.with_suffix('.json').name} does not say it; assumed: {', '.join(assumed)}"
-        return [missing] if assumed else []
+        return read_as + ([missing] if assumed else [])
 
     def fed(self, mean: list[float] | None, std: list[float] | None) -> Checkpoint:
         """Return it with what is given (a value, or one a channel) in the place of what the JSON says."""
@@ -88,18 +90,25 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    network: type[nn.Module], path: Path, map_location: str | torch.device = "cpu"
+    network: type[nn.Module],
+    path: Path,
+    map_location: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
     """Return a `convert.py` checkpoint: a `network` (`ResNet8`) of the shape its tensors have, in eval mode.
 
     BatchNorm's epsilon and momentum and the input's scaling come from the JSON file beside it, or are the
-    defaults where there is none. Raises OSError when a file cannot be read, ValueError with one line when it
-    is not such a network's state_dict or the JSON is not as `convert.py` writes it.
+    defaults where there is none. What training loops make of a state_dict is undone (`plain_state_dict`), and
+    the weights are converted to `dtype`. Raises OSError when a file cannot be read, ValueError with one line
+    when it is not such a network's state_dict or the JSON is not as `convert.py` writes it.
     """
-    state = load_state_dict(path, map_location)
+    state, done = plain_state_dict(path, load(path, map_location))
     for name, tensor in state.items():
         if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
-            raise ValueError(f"{path}: {name} is {tensor.dtype}, expected a floating-point tensor")
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype}, expected a floating-point tensor; a quantized network is "
+                "scored from Python: from evaluate import score"
+            )
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} has values that are NaN or infinite")
         if name.endswith("running_var") and (tensor < 0).any():
@@ -121,7 +130,13 @@ def read_checkpoint(
     except (RuntimeError, IndexError, ValueError) as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
         raise ValueError(f"{path}: not a ResNet8's state_dict: {reasons}") from None
-    model = model.to(map_location, torch.float32).eval()
+    stored = {
+        str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()
+    }
+    wanted = str(dtype).removeprefix("torch.")
+    if stored != {wanted} and stored != {"float32"}:
+        done.append(f"{', '.join(sorted(stored))} weights as {wanted}")
+    model = model.to(map_location, dtype).eval()
 
     channels, scaling = model.conv1.in_channels, metadata.get("input", {})
     mean, std = scaling.get("mean", [0.0] * channels), scaling.get("std", [1.0] * channels)
@@ -129,7 +144,8 @@ def read_checkpoint(
         if len(values) != channels:
             described_in = path.with_suffix(".json")
             raise ValueError(f"{described_in}: input.{name} has {len(values)} values, expected {channels}")
-    return Checkpoint(path, model, sha256_of(path), mean, std, metadata)
+    read_as = f"{path.name} is read as a state_dict: {', '.join(done)}" if done else ""
+    return Checkpoint(path, model, sha256_of(path), mean, std, metadata, read_as)
 
 
 def write_checkpoint(path: Path, model: nn.Module, metadata: dict) -> dict:
@@ -150,67 +166,6 @@ def write_checkpoint(path: Path, model: nn.Module, metadata: dict) -> dict:
     return metadata
 
 
-def load_state_dict(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Return the tensors of a `.pt` file, by name.
-
-    No code in the file is run (`weights_only=True`). Raises OSError when it cannot be read, ValueError with
-    one line when it is damaged, or holds anything but tensors.
-    """
-    check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: not a plain state_dict (it holds code or objects, which are not loaded)"
-        ) from None
-    except Exception as error:  # torch.load raises whatever the damage leads to
-        raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state_dict (tensors by name)")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            what = f"{name!r} is a {type(value).__name__}"
-            raise ValueError(f"{path}: {what}, expected a state_dict (tensors by name)")
-        dense = value.layout == torch.strided and not value.is_quantized
-        if not dense or value.untyped_storage().nbytes() < value.nbytes:  # as an expanded tensor's is
-            raise ValueError(f"{path}: {name} has not the {value.numel():,} values that its shape says")
-    return state
-
-
-def check_archive(path: Path) -> None:
-    """Raise ValueError for a file that is empty, of another kind than `torch.save` writes, or would grow.
-
-    `torch.save` stores records as they are. A compressed one can unpack to any size, so it is refused by the
-    archive's own table, before anything is unpacked.
-    """
-    with path.open("rb") as file:
-        start = file.read(4)
-    if not start:
-        raise ValueError(f"{path}: is empty, so damaged")
-    if start != b"PK\x03\x04":
-        return
-    try:
-        records = zipfile.ZipFile(path).infolist()
-    except Exception as error:  # whatever the damage leads to
-        raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
-    names = [record.filename.partition("/")[2] for record in records]
-    if "constants.pkl" in names:
-        what, instead = "a TorchScript archive", "torch.jit.load(...)"
-    elif "models/model.json" in names or "serialized_exported_program.json" in names:
-        what, instead = "a torch.export archive", "torch.export.load(...)"
-    elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise ValueError(f"{path}: holds compressed records; torch.save writes none")
-    elif sum(record.file_size for record in records) > path.stat().st_size:
-        raise ValueError(f"{path}: damaged: its records are larger than the file")
-    else:
-        return
-    raise ValueError(f"{path}: {what}, which holds code; save {instead}.state_dict() with torch.save")
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -225,7 +180,9 @@ _IS = {
     "a number from 0 to 1": lambda value: _is_number(value) and 0 <= value <= 1,
     "a list of numbers": _is_numbers,
     "a list of numbers, none of them 0": lambda value: _is_numbers(value) and all(value),
-    "[channels, height, width]": lambda value: isinstance(value, list) and len(value) == 3,
+    "[channels, height, width]": lambda value: isinstance(value, list)
+    and len(value) == 3
+    and all(size is None or (type(size) is int and 0 < size <= 1024) for size in value),
 }
 # What is read again of the JSON file that `convert.py` writes, an object before what is in it.
 _METADATA = {
@@ -246,12 +203,20 @@ _METADATA = {
 }
 
 
-def read_metadata(checkpoint: Path) -> dict:
-    """Return the content of the JSON file that `convert.py` writes beside `checkpoint`; {} if there is none.
+def written_input(keras_file: Path, sha256: str) -> dict:
+    """Return what a Keras file that `convert.py` wrote is fed, as its JSON has it; {} for any other file."""
+    with suppress(ValueError, OSError):
+        metadata = read_metadata(keras_file)
+        return metadata["input"] if metadata.get("sha256") == sha256 and "input" in metadata else {}
+    return {}
+
+
+def read_metadata(described: Path) -> dict:
+    """Return the content of the JSON file that `convert.py` writes beside a file; {} if there is none.
 
     Raises ValueError with one line when it is not JSON as `convert.py` writes it.
     """
-    path = checkpoint.with_suffix(".json")
+    path = json_of(described)
     if not path.exists():
         return {}
     try:

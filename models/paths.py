@@ -12,7 +12,7 @@ KERAS_SUFFIXES = (".h5", ".keras")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a file is PyTorch's, which its content tells; False when it cannot be read."""
+    """Return whether a file is PyTorch's, which its content tells, or its name when it cannot be read."""
     with suppress(OSError):
         with path.open("rb") as file:
             start = file.read(2)
@@ -20,7 +20,7 @@ def is_checkpoint(path: Path) -> bool:
             with suppress(Exception):  # whatever the damage leads to
                 return not {"config.json", "metadata.json"} & set(zipfile.ZipFile(path).namelist())
         return start in (b"PK", b"\x80\x02") and path.suffix not in KERAS_SUFFIXES
-    return False
+    return path.suffix in (".pt", ".pth", ".ckpt")
 
 
 def json_of(output: Path) -> Path:

@@ -31,6 +31,7 @@ arXiv:2106.07597; mlcommons/tiny, benchmark/training/image_classification/keras_
 after He et al. 2015 (arXiv:1512.03385). Module names are torchvision's (torchvision/models/resnet.py).
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -127,4 +128,7 @@ class ResNet8(nn.Module):
         where there is none. No code in the file is run (`weights_only=True`). Raises OSError when a file
         cannot be read, ValueError with one line when it is not a ResNet8's state_dict.
         """
-        return read_checkpoint(cls, Path(path), map_location).model
+        checkpoint = read_checkpoint(cls, Path(path), map_location)
+        if checkpoint.read_as:
+            warnings.warn(checkpoint.read_as, stacklevel=2)
+        return checkpoint.model

@@ -66,7 +66,7 @@ def prepare(model: ResNet8, device: torch.device, dtype: torch.dtype, fold: bool
 
 
 def predict(
-    model: ResNet8,
+    network: Callable[[Tensor], Tensor | np.ndarray],
     images: np.ndarray,
     mean: list[float],
     std: list[float],
@@ -76,13 +76,16 @@ def predict(
 ) -> np.ndarray:
     """Return the (N, classes) float64 logits of (N, C, H, W) uint8 images, fed as (pixel - mean) / std.
 
-    `model` comes from `prepare`; `mean` and `std` have a value a channel, in pixel units. Each of `workers`
-    threads runs whole batches, on one core: PyTorch releases Python's lock in its operators, and no core
-    waits for another after every layer. `track(batches, total)` may wrap the iterator over the batches, to
-    show progress.
+    `network` is what `prepare` returns, or any function of a batch; a module is fed in its own dtype, on its
+    own device, anything else float32 on the CPU. `mean` and `std` have a value a channel, in pixel units. The
+    cores are shared among `workers` threads, each of which runs whole batches: PyTorch releases Python's lock
+    in its operators, and no core waits for another after every layer. `track(batches, total)` may wrap the
+    iterator over the batches, to show progress.
     """
-    parameter = next(model.parameters())
+    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+    parameter = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
     device, dtype = parameter.device, parameter.dtype
+    layout = torch.channels_last if isinstance(network, ResNet8) else torch.contiguous_format
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32  # of the normalization
     offset, scale = (torch.tensor(v, dtype=arithmetic, device=device).view(-1, 1, 1) for v in (mean, std))
     pixels = torch.from_numpy(images)
@@ -92,15 +95,15 @@ def predict(
     def logits_from(start: int) -> Tensor:
         with torch.inference_mode():
             batch = pixels[start : start + batch_size].to(device, non_blocking=True)
-            batch = batch.to(arithmetic, memory_format=torch.channels_last)
-            return model(batch.sub_(offset).div_(scale).to(dtype))
+            batch = batch.to(arithmetic, memory_format=layout)
+            return torch.as_tensor(network(batch.sub_(offset).div_(scale).to(dtype)))
 
     starts = range(0, len(pixels), batch_size)
     # glibc returns freed memory to the system, to fetch it again page by page for the next batch: a third of
     # the time. Once it has seen a large block freed, it keeps as much (man mallopt, M_MMAP_THRESHOLD).
     torch.empty(31 * 2**20, dtype=torch.uint8)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # inside an operator
+    torch.set_num_threads(max(1, threads // workers))  # inside an operator
     try:
         with ThreadPoolExecutor(workers) as pool:
             logits = list(track(pool.map(logits_from, starts), len(starts)))

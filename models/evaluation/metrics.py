@@ -15,7 +15,7 @@ class Predictions:
     """What one model makes of the images, and how fast."""
 
     name: str  # in tables: the file's name
-    path: Path
+    path: Path | None  # of what was run
     log_probabilities: np.ndarray  # (N, classes) float64
     labels: np.ndarray  # (N,) int64: the true classes
     mean: list[float]  # a value a channel, in pixel units: the model is fed (pixel - mean) / std

@@ -1,0 +1,111 @@
+"""Reading what `torch.save` wrote: without running any code in it, whatever a training loop made of it."""
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def load(path: Path, map_location: str | torch.device = "cpu") -> object:
+    """Return what a `.pt` file holds: tensors, numbers and strings, in dicts and lists.
+
+    No code in the file is run (`weights_only=True`). Raises OSError when it cannot be read, ValueError with
+    one line when it is damaged, or holds anything else.
+    """
+    check_archive(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: not a plain state_dict (it holds code or objects, which are not loaded): "
+            "torch.save(model.state_dict(), ...) writes one"
+        ) from None
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
+
+
+WRAPPINGS = ("state_dict", "model_state_dict", "model")  # keys under which training loops keep a state_dict
+# torch.compile; DataParallel, DistributedDataParallel and AveragedModel; a Lightning module's attribute
+PREFIXES = ("_orig_mod.", "module.", "model.")
+
+
+def plain_state_dict(path: Path, content: object) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a state_dict by name, whatever a training loop made of it, and what was undone.
+
+    It may lie in a dict under one of WRAPPINGS; its keys may have PREFIXES in common; and weights may still
+    be pruned by `torch.nn.utils.prune`: `weight_orig` times `weight_mask`. Raises ValueError with one line
+    for anything else.
+    """
+    done = []
+    for key in WRAPPINGS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            done.append(f"under '{key}'")
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"{path}: holds a {kind}, expected a state_dict (tensors by name)")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = f"{name!r} is a {type(value).__name__}"
+            raise ValueError(f"{path}: {what}, expected a state_dict (tensors by name)")
+        dense = value.layout == torch.strided and not value.is_quantized
+        if not dense or value.untyped_storage().nbytes() < value.nbytes:  # as an expanded tensor's is
+            raise ValueError(f"{path}: {name} has not the {value.numel():,} values that its shape says")
+
+    state = dict(content)
+    while prefix := common_prefix(state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name != "n_averaged"}
+        done.append(f"without '{prefix}'")
+    pruned = [name.removesuffix("_mask") for name in state if name.endswith("_mask")]
+    for name in pruned:
+        if f"{name}_orig" not in state or state[f"{name}_orig"].shape != state[f"{name}_mask"].shape:
+            raise ValueError(f"{path}: {name}_mask has no {name}_orig of its shape")
+        state[name] = state.pop(f"{name}_orig") * state.pop(f"{name}_mask")
+    if pruned:
+        done.append("pruned weights times their masks")
+    return state, done
+
+
+def common_prefix(names: Iterable[str]) -> str | None:
+    """Return the one of PREFIXES that all names have, but for AveragedModel's `n_averaged`."""
+    names = [name for name in names if name != "n_averaged"]
+    fits = (prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names))
+    return next(fits, None) if names else None
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError for a file that is empty, of another kind than `torch.save` writes, or would grow.
+
+    `torch.save` stores records as they are. A compressed one can unpack to any size, so it is refused by the
+    archive's own table, before anything is unpacked.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        raise ValueError(f"{path}: is empty, so damaged")
+    if start != b"PK\x03\x04":
+        return
+    try:
+        records = zipfile.ZipFile(path).infolist()
+    except Exception as error:  # whatever the damage leads to
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
+    names = [record.filename.partition("/")[2] for record in records]
+    if "constants.pkl" in names:
+        what, instead = "a TorchScript archive", "torch.jit.load(...)"
+    elif "models/model.json" in names or "serialized_exported_program.json" in names:
+        what, instead = "a torch.export archive", "torch.export.load(...)"
+    elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError(f"{path}: holds compressed records; torch.save writes none")
+    elif sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError(f"{path}: damaged: its records are larger than the file")
+    else:
+        return
+    raise ValueError(f"{path}: {what}, which holds code; save {instead}.state_dict() with torch.save")
