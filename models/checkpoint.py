@@ -180,9 +180,11 @@ _IS = {
     "a number from 0 to 1": lambda value: _is_number(value) and 0 <= value <= 1,
     "a list of numbers": _is_numbers,
     "a list of numbers, none of them 0": lambda value: _is_numbers(value) and all(value),
-    "[channels, height, width]": lambda value: isinstance(value, list)
-    and len(value) == 3
-    and all(size is None or (type(size) is int and 0 < size <= 1024) for size in value),
+    "[channels, height, width]": lambda value: (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(size is None or (type(size) is int and 0 < size <= 1024) for size in value)
+    ),
 }
 # What is read again of the JSON file that `convert.py` writes, an object before what is in it.
 _METADATA = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,8 @@ Scaling = tuple[list[float], list[float]]  # (mean, std) a channel: a network is
 # measured on the activations of the MLPerf Tiny model, 7e-15 on its probabilities.
 MAX_ACTIVATION_DIFFERENCE = 1e-10  # float64
 MAX_PROBABILITY_DIFFERENCE = {"float64": 1e-12, "float32": 1e-4}
+EVERY_LAYER = 100  # images, real and random, on which every layer is compared
+BATCH_SIZE = 50  # whose activations in float64 take 100 MB on each side
 
 
 def compare_counts(rows: list[Row], model: ResNet8, loaded: dict | None) -> str:
@@ -75,45 +79,68 @@ def compare_numbers(
 ) -> dict:
     """Compare PyTorch with Keras on real and random images, and return the largest differences by dtype.
 
-    The probabilities are compared on all images, every layer's activations on the first 100 real ones and on
-    the random ones. Raises VerificationError when one is beyond its bound; WorkerError when Keras fails.
+    Every layer's activations and the probabilities are compared on 100 real and 100 random images; the
+    float32 probabilities on the other real ones too. Raises VerificationError when one is beyond its bound;
+    WorkerError when Keras fails.
     """
     import torch
 
-    def compare(place: str, ours: np.ndarray, theirs: np.ndarray) -> float:
-        difference = float(np.max(np.abs(ours - theirs.reshape(ours.shape))))
-        is_output = place == "probabilities"
-        bound = MAX_PROBABILITY_DIFFERENCE[dtype] if is_output else MAX_ACTIVATION_DIFFERENCE
-        if not difference <= bound and (is_output or dtype == "float64"):  # NaN is beyond every bound
-            where = place if is_output else f"{place} (Keras's '{places[place].name}')"
-            size = f"{difference:.1e} in {dtype}, at most {bound:.0e} expected"
-            raise VerificationError(f"the first difference from Keras is in {where}: {size}")
-        return difference
-
-    output, results, compared = file.layers[-1].name, {}, set()
+    results, compared = {}, set()
     for dtype in ("float64", "float32"):
         network = model.to(getattr(torch, dtype)).eval()
-        results[dtype] = {"activations": 0.0, "probabilities": 0.0}
-        for images in probe_images(file.input_shape).values():
-            inputs = torch.from_numpy(normalize(images, *pytorch_input)).to(getattr(torch, dtype))
-            theirs = keras.activations(images[:100], *keras_input, dtype)
-            ours = layer_activations(network, inputs[:100])
-            for place in GRAPH:  # in the graph's order: the first that differs is the one that is wrong
+        results[dtype] = largest = {"activations": 0.0, "probabilities": 0.0}
+        for images, on_layers in probe_batches(file.input_shape, whole=dtype == "float32"):
+            layers = None if on_layers else [file.layers[-1].name]
+            with ThreadPoolExecutor(1) as other:  # both frameworks compute at the same time
+                asked = other.submit(keras.activations, images, *keras_input, dtype, layers)
+                inputs = torch.from_numpy(normalize(images, *pytorch_input)).to(getattr(torch, dtype))
+                with torch.inference_mode():
+                    alone = {} if on_layers else {"fc": network(inputs).numpy()}
+                ours = alone or layer_activations(network, inputs)
+                theirs = asked.result()
+            # in the graph's order: the first that differs is the one that is wrong
+            for place in GRAPH if on_layers else ():
                 # Keras's fc may have been through a softmax: then it is compared with the probabilities
                 comparable = place != "fc" or places["fc"].config.get("activation") != "softmax"
-                if comparable and places[place].name in theirs:
+                name = places[place].name
+                if comparable and name in theirs:
                     compared.add(place)
-                    difference = compare(place, ours[place], theirs[places[place].name])
-                    results[dtype]["activations"] = max(results[dtype]["activations"], difference)
-            outputs = keras.activations(images, *keras_input, dtype, [output])[output]
-            with torch.inference_mode():
-                probabilities = network(inputs).softmax(1).numpy()
-            if not file.returns_probabilities:
-                outputs = torch.from_numpy(outputs).softmax(1).numpy()
-            difference = compare("probabilities", probabilities, outputs)
-            results[dtype]["probabilities"] = max(results[dtype]["probabilities"], difference)
+                    difference = largest_difference(ours[place], theirs[name])
+                    largest["activations"] = max(largest["activations"], difference)
+                    if dtype == "float64":
+                        check(f"{place} (Keras's '{name}')", difference, dtype, MAX_ACTIVATION_DIFFERENCE)
+            outputs = torch.tensor(theirs[file.layers[-1].name])
+            outputs = outputs if file.returns_probabilities else outputs.softmax(1)
+            difference = largest_difference(torch.from_numpy(ours["fc"]).softmax(1).numpy(), outputs.numpy())
+            largest["probabilities"] = max(largest["probabilities"], difference)
+            check("probabilities", difference, dtype, MAX_PROBABILITY_DIFFERENCE[dtype])
     model.float()
     return {"layers": len(compared), **results}
+
+
+def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the largest difference between two arrays of as many values."""
+    return float(np.max(np.abs(ours - theirs.reshape(ours.shape))))
+
+
+def check(where: str, difference: float, dtype: str, bound: float) -> None:
+    """Raise VerificationError if a difference is beyond its bound, as NaN is."""
+    if not difference <= bound:
+        raise VerificationError(
+            f"the first difference from Keras is in {where}: {difference:.1e} in {dtype}, "
+            f"at most {bound:.0e} expected"
+        )
+
+
+def probe_batches(shape: list[int | None], whole: bool) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield (N, C, H, W) float64 pixels, 0 to 255, and whether they are for every layer or the output alone.
+
+    Real images come before random ones. With `whole`, all real ones; else the first 100.
+    """
+    for images in probe_images(shape).values():
+        for start in range(0, len(images), BATCH_SIZE):
+            if whole or start < EVERY_LAYER:
+                yield images[start : start + BATCH_SIZE], start < EVERY_LAYER
 
 
 def figures_of(results: dict) -> list[str]:
