@@ -23,7 +23,6 @@ import json
 import os
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 from data.cifar10 import DataError
@@ -65,15 +64,14 @@ def main() -> int:
             KerasProcess(options.keras_python) if asks_keras else nullcontext() as keras,
         ):
             for path, output in zip(options.files, options.outputs, strict=True):
-                convert = partial(convert_back, rescaling=options.rescaling, verify=not options.no_verify)
-                if path not in options.checkpoints:
-                    convert = partial(convert_file, bn_eps=options.bn_eps)
+                common = path, output, reader, keras, options.mean, options.std
+                verify, verbose = not options.no_verify, options.verbose
                 try:
                     check_outputs(output, options.force)
-                    verifying = None if options.no_verify and path not in options.checkpoints else keras
-                    metadata = convert(
-                        path, output, reader, verifying, options.mean, options.std, verbose=options.verbose
-                    )
+                    if path in options.checkpoints:
+                        metadata = convert_back(*common, options.rescaling, verify, verbose)
+                    else:
+                        metadata = convert_file(*common, options.bn_eps, verbose, verify)
                     outcomes.append((path, metadata, str(output)))
                 except FAILURES as error:
                     message = str(error).removeprefix(f"{path}: ")
@@ -101,6 +99,7 @@ def convert_file(
     std: list[float] | None = None,
     bn_eps: float = 1e-3,
     verbose: bool = False,
+    verify: bool = True,
 ) -> dict:
     """Convert one Keras file, verify it if there is a Keras process, write `output` and its JSON; return it.
 
@@ -130,7 +129,7 @@ def convert_file(
     load_tensors(model, rows)
 
     # Prove: nothing is missing, and every layer computes what Keras's computes
-    results = prove(file, places, rows, model, keras, keras_input, pytorch_input)
+    results = prove(file, places, rows, model, keras if verify else None, keras_input, pytorch_input)
 
     # Write: the state_dict, and what there is to know about it
     metadata = {

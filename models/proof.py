@@ -90,9 +90,9 @@ def compare_numbers(
         network = model.to(getattr(torch, dtype)).eval()
         results[dtype] = largest = {"activations": 0.0, "probabilities": 0.0}
         for images, on_layers in probe_batches(file.input_shape, whole=dtype == "float32"):
-            layers = None if on_layers else [file.layers[-1].name]
+            ask = keras.activations if on_layers else keras.predict
             with ThreadPoolExecutor(1) as other:  # both frameworks compute at the same time
-                asked = other.submit(keras.activations, images, *keras_input, dtype, layers)
+                asked = other.submit(ask, images, *keras_input, dtype)
                 inputs = torch.from_numpy(normalize(images, *pytorch_input)).to(getattr(torch, dtype))
                 with torch.inference_mode():
                     alone = {} if on_layers else {"fc": network(inputs).numpy()}
@@ -109,7 +109,7 @@ def compare_numbers(
                     largest["activations"] = max(largest["activations"], difference)
                     if dtype == "float64":
                         check(f"{place} (Keras's '{name}')", difference, dtype, MAX_ACTIVATION_DIFFERENCE)
-            outputs = torch.tensor(theirs[file.layers[-1].name])
+            outputs = torch.tensor(theirs[file.layers[-1].name] if on_layers else theirs)
             outputs = outputs if file.returns_probabilities else outputs.softmax(1)
             difference = largest_difference(torch.from_numpy(ours["fc"]).softmax(1).numpy(), outputs.numpy())
             largest["probabilities"] = max(largest["probabilities"], difference)

@@ -111,8 +111,7 @@ def ask_keras(
         if any(n not in (None, m) for n, m in zip(takes, needed, strict=True)):
             raise ValueError(f"{keras_file}: takes {takes} images, CIFAR-10's are {needed}")
         keras.load(file)
-        output = file.layers[-1].name
-        outputs = keras.activations(images, mean, std, "float32", layers=[output])[output]
+        outputs = keras.predict(images, mean, std)
     if file.returns_probabilities:
         return outputs
     return torch.from_numpy(outputs.astype(np.float64)).softmax(dim=1).float().numpy()

@@ -37,16 +37,22 @@ class KerasProcess:
         mean: list[float],
         std: list[float],
         dtype: str,
-        layers: list[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Return every layer's output, by layer name (`model/layer` in a nested model), channels last.
 
         `images` is (N, C, H, W), uint8 or float64 pixels; the model is fed (images - mean) / std, computed in
-        float64, with a value a channel. `dtype`, float32 or float64, is what the model computes in; `layers`
-        names the only ones to return. Raises WorkerError when Keras fails.
+        float64, with a value a channel. `dtype`, float32 or float64, is what the model computes in. Raises
+        WorkerError when Keras fails.
         """
-        request = {"do": "activations", "mean": mean, "std": std, "dtype": dtype, "layers": layers}
+        request = {"do": "activations", "mean": mean, "std": std, "dtype": dtype}
         return self.worker.ask(request, {"images": images})[1]
+
+    def predict(
+        self, images: np.ndarray, mean: list[float], std: list[float], dtype: str = "float32"
+    ) -> np.ndarray:
+        """Return the model's (N, classes) outputs, for images as `activations` takes them, and faster."""
+        request = {"do": "predict", "mean": mean, "std": std, "dtype": dtype}
+        return self.worker.ask(request, {"images": images})[1]["outputs"]
 
     def build(self, layers: list[Layer], suffix: str) -> bytes:
         """Return the content of the model file that Keras writes for a graph and its arrays.

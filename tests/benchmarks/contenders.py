@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from models.worker import serve
 Run = Callable[[np.ndarray, int], np.ndarray]  # images, batch size -> (N, classes) logits or probabilities
 Contender = tuple[Run, np.ndarray, list[int]]
 
+MULTIPLY_ACCUMULATES = 12_501_632  # an image's, in the network of width 16 (models/resnet8.py)
 TRIAL_IMAGES = 1_000  # on which the batch sizes are tried
 
 
@@ -104,18 +106,49 @@ def keras(job: Job) -> Contender:
     return run, job.channels_last(), [32, 128, 256, 1000]
 
 
-def onnxruntime(job: Job) -> Contender:
-    """Load ONNX Runtime, its graph optimizations and threads at their defaults: all, and one a core."""
+def onnxruntime(job: Job, sessions: int = 1) -> Contender:
+    """Load ONNX Runtime with its own threads, or as `sessions` single-threaded sessions side by side."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(job.onnx)
-    name = session.get_inputs()[0].name
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 0 if sessions == 1 else 1  # 0: as it likes, one a core
+    loaded = [onnxruntime.InferenceSession(job.onnx, options) for _ in range(sessions)]
+    name = loaded[0].get_inputs()[0].name
 
     def run(images: np.ndarray, size: int) -> np.ndarray:
-        batches = (images[start : start + size] for start in range(0, len(images), size))
-        return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])
+        batches = [images[start : start + size] for start in range(0, len(images), size)]
 
-    return run, job.channels_last(), [8, 16, 32, 64, 128, 256]
+        def share(index: int) -> list[np.ndarray]:
+            return [loaded[index].run(None, {name: batch})[0] for batch in batches[index::sessions]]
+
+        with ThreadPoolExecutor(sessions) as pool:
+            outputs: list = [None] * len(batches)
+            for index, found in enumerate(pool.map(share, range(sessions))):
+                outputs[index::sessions] = found
+        return np.concatenate(outputs)
+
+    return run, job.channels_last(), [16, 32, 64, 100]
+
+
+def onnxruntime_sessions(job: Job) -> Contender:
+    """Load ONNX Runtime as one single-threaded session a core."""
+    return onnxruntime(job, sessions=os.cpu_count() or 1)
+
+
+def matrix_product(job: Job) -> Contender:
+    """Return the limit: as many multiply-accumulates as the images need, as one large matrix product."""
+    import torch
+
+    a, b = torch.rand(2, 1024, 1024)
+    products = torch.empty(1024, 1024)
+
+    def run(images: np.ndarray, size: int) -> np.ndarray:
+        with torch.inference_mode():
+            for _ in range(round(len(images) * MULTIPLY_ACCUMULATES / 1024**3)):
+                torch.mm(a, b, out=products)
+        return np.zeros((len(images), 1), np.float32)
+
+    return run, job.images, [1]
 
 
 CONTENDERS = {  # its name in the tables: (what loads it, what it imports)
@@ -124,8 +157,10 @@ CONTENDERS = {  # its name in the tables: (what loads it, what it imports)
     "plain NCHW PyTorch loop": (plain_loop, ["torch"]),
     "Keras predict": (keras, ["keras"]),
     "Keras predict, torch backend": (keras, ["keras"]),
-    "ONNX Runtime, through tf2onnx": (onnxruntime, ["onnxruntime"]),
+    "ONNX Runtime, its own threads": (onnxruntime, ["onnxruntime"]),
+    "ONNX Runtime, a session a core": (onnxruntime_sessions, ["onnxruntime"]),
     "tf2onnx and onnx2torch": (onnx2torch, ["onnx2torch"]),
+    "the limit: a matrix product": (matrix_product, ["torch"]),
 }
 
 
