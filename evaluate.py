@@ -278,7 +278,7 @@ def parse_arguments() -> argparse.Namespace:
         default=sys.executable,
         help="the Python that has Keras (this one)",
     )
-    add("--batch-size", metavar="N", type=count, help="images at a time (CPU: 32, else 1024)")
+    add("--batch-size", metavar="N", type=count, help="images at a time (CPU: 64, else 1024)")
     add("--workers", metavar="N", type=count, help="threads that run a batch each (CPU: one a core, else 1)")
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(float32)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest)")

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,6 +204,26 @@ _METADATA = {
     "input.std": "a list of numbers, none of them 0",
     "sha256": "a string",
 }
+
+
+def save_checkpoint(model: nn.Module, path: str | Path, like: str | Path) -> None:
+    """Save a network that was made from the checkpoint `like` (fine-tuned, pruned), with a JSON of its own.
+
+    The JSON says what `like`'s says and still holds: BatchNorm's constants, the input, and the Keras file to
+    compare with. It has no SHA-256 and no verification, since `convert.py` did not write it. Raises OSError.
+    """
+    path, like = Path(path), Path(like)
+    kept = {key: value for key, value in read_metadata(like).items() if key not in ("sha256", "verification")}
+    if "file" in kept.get("source", {}):  # which is relative to the JSON
+        source = os.path.relpath(like.parent / kept["source"]["file"], path.parent)
+        kept["source"] = {**kept["source"], "file": source}
+    description = json.dumps(kept, indent=2) + "\n"
+    write_files(
+        {
+            path: lambda target: torch.save(model.state_dict(), target),
+            json_of(path): lambda target: target.write(description.encode()),
+        }
+    )
 
 
 def written_input(keras_file: Path, sha256: str) -> dict:

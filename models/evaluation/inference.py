@@ -36,7 +36,7 @@ def batches_for(device: torch.device) -> tuple[int, int]:
     """
     if device.type != "cpu":
         return 1024, 1
-    return 32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 64, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fold_batch_norm(model: ResNet8) -> ResNet8:
@@ -88,6 +88,7 @@ def predict(
     layout = torch.channels_last if isinstance(network, ResNet8) else torch.contiguous_format
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32  # of the normalization
     offset, scale = (torch.tensor(v, dtype=arithmetic, device=device).view(-1, 1, 1) for v in (mean, std))
+    is_plain = not offset.any() and bool((scale == 1).all())  # then there is nothing to compute
     pixels = torch.from_numpy(images)
     if device.type == "cuda":
         pixels = pixels.pin_memory()  # so that a copy can go on beside the arithmetic
@@ -96,7 +97,9 @@ def predict(
         with torch.inference_mode():
             batch = pixels[start : start + batch_size].to(device, non_blocking=True)
             batch = batch.to(arithmetic, memory_format=layout)
-            return torch.as_tensor(network(batch.sub_(offset).div_(scale).to(dtype)))
+            if not is_plain:
+                batch = batch.sub_(offset).div_(scale)
+            return torch.as_tensor(network(batch.to(dtype)))
 
     starts = range(0, len(pixels), batch_size)
     # glibc returns freed memory to the system, to fetch it again page by page for the next batch: a third of
