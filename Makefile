@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: all setup test lint train bench clean
+.PHONY: all setup test lint train bench recipes clean
 
 all: setup
 	$(BIN)/python convert.py
@@ -36,6 +36,11 @@ train: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -r tests/benchmarks/requirements.txt
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)
+
+# every recipe of README's 'From here', on the full test set in DATA_DIR; ExecuTorch is 300 MB
+recipes: $(VENV)/.installed-tests
+	$(BIN)/pip install --quiet executorch
+	$(BIN)/python -m tests.recipes --data-dir $(DATA_DIR) $(ARGS)
 
 clean:
 	rm -rf $(VENV) results .pytest_cache .ruff_cache

@@ -33,6 +33,7 @@ from tests.keras_files.networks import WRITERS
 ROOT = Path(__file__).parents[1]
 TOGETHER = {  # how the names of tests begin that share what is made in seconds -> what that is
     "tests/test_proof.py": "keras",
+    "tests/test_recipes.py": "recipes",
     "tests/test_convert.py::test_damaged_sample": "keras",
     "tests/test_evaluate.py": "converted",
     "tests/evaluation/test_baseline.py": "converted",
