@@ -28,7 +28,7 @@ Scaling = tuple[list[float], list[float]]  # (mean, std) a channel: a network is
 MAX_ACTIVATION_DIFFERENCE = 1e-10  # float64
 MAX_PROBABILITY_DIFFERENCE = {"float64": 1e-12, "float32": 1e-4}
 EVERY_LAYER = 100  # images, real and random, on which every layer is compared
-BATCH_SIZE = 50  # whose activations in float64 take 100 MB on each side
+BATCH_SIZE = 25  # whose activations in float64 take 50 MB on each side
 
 
 def compare_counts(rows: list[Row], model: ResNet8, loaded: dict | None) -> str:

@@ -24,7 +24,7 @@ except ImportError as error:  # a Python without numpy has no Keras
 from models.errors import one_line
 from models.worker import WorkerError, serve
 
-BATCH_SIZE = 50  # whose activations in float64 take 100 MB
+BATCH_SIZE = 25  # whose activations in float64 take 50 MB
 TRAINING_ONLY = ("_initializer", "_regularizer", "_constraint")
 
 
@@ -101,7 +101,10 @@ class Server:
             model(scaled(batch, mean, std, dtype), training=False)
         for _, layer, call in calls:
             layer.call = call
-        return {}, {path: np.concatenate(batches) for path, batches in outputs.items()}
+        return {}, {
+            path: batches[0] if len(batches) == 1 else np.concatenate(batches)
+            for path, batches in outputs.items()
+        }
 
     def predict(
         self, arrays: dict[str, np.ndarray], mean: list[float], std: list[float], dtype: str
