@@ -40,6 +40,7 @@ from models.terminal import (
     beside_the_scripts,
     check_scaling,
     describe_input,
+    print_note,
     print_summary,
     run,
 )
@@ -110,7 +111,7 @@ def convert_file(
     file = with_graph(read_keras_file(path, reader), bn_eps)
     print(f"{path}: {file.format}")
     for note in file.notes:
-        print(f"  note: {note}")
+        print_note(note, indent="  ")
 
     # Match: each layer in its place in the network
     places = match(file)
@@ -185,7 +186,7 @@ def convert_back(
     channels, *image_size = checkpoint.input_shape
     print(f"{path}: PyTorch state_dict")
     for note in checkpoint.notes:
-        print(f"  note: {note}")
+        print_note(note, indent="  ")
 
     # Map: each tensor, its axes in Keras's order, in its place in the graph; then Keras builds and saves it
     norm = {"epsilon": arguments["bn_eps"], "momentum": round(1 - arguments["bn_momentum"], 12)}
@@ -244,24 +245,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "files", metavar="FILE", type=Path, nargs="*", help=f"Keras files, or checkpoints ({DEFAULT_INPUT})"
     )
-    parser.add_argument(
-        "-o", "--output", metavar="OUT", help="the .pt, .h5 or .keras to write; a folder for several files"
+    add = parser.add_argument_group("what is written").add_argument
+    add("-o", "--output", metavar="OUT", help="the .pt, .h5 or .keras; a folder for several files")
+    add("--force", action="store_true", help="replace files that convert.py did not write")
+    add("-v", "--verbose", action="store_true", help="print the mapping, one row a tensor")
+    group = parser.add_argument_group("what the files do not say")
+    add_scaling(group, "the model")
+    group.add_argument("--bn-eps", type=float, default=1e-3, help="epsilon of Keras weights alone (0.001)")
+    group.add_argument(
+        "--rescaling", action="store_true", help="back to Keras: it is to scale its own pixels"
     )
-    parser.add_argument("--force", action="store_true", help="replace files that convert.py did not write")
-    add_scaling(parser, "the model")
-    parser.add_argument(
-        "--rescaling", action="store_true", help="checkpoints: the Keras model scales its pixels itself"
+    add = parser.add_argument_group("the proof").add_argument
+    add("--no-verify", action="store_true", help="do not compare with Keras (needs no tensorflow)")
+    add(
+        "--keras-python",
+        metavar="PYTHON",
+        default=sys.executable,
+        help="the Python that has Keras (this one)",
     )
-    parser.add_argument(
-        "--bn-eps", type=float, default=1e-3, help="epsilon to assume for weights alone (0.001)"
-    )
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare with Keras (needs no tensorflow)"
-    )
-    parser.add_argument(
-        "--keras-python", default=sys.executable, help="the Python that has Keras (default: this one)"
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the mapping, one row a tensor")
     arguments = parser.parse_args()
 
     check_scaling(parser, arguments)

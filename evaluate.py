@@ -22,8 +22,14 @@ import numpy as np
 
 from data.cifar10 import CLASS_NAMES, DataError, Dataset, load_test
 from data.files import check_writable, sha256_of
-from models.evaluation.metrics import Predictions, compare, near_chance_notes, short_names
-from models.evaluation.results import RESULTS, Evaluation, Notes, find_shortfalls, progress_bar, write_results
+from models.evaluation.metrics import (
+    Predictions,
+    check_guards,
+    compare,
+    near_chance_notes,
+    short_names,
+)
+from models.evaluation.results import RESULTS, Evaluation, Notes, progress_bar, write_results
 from models.terminal import add_scaling, beside_the_scripts, check_scaling, run
 from models.worker import WorkerError
 
@@ -118,15 +124,18 @@ def evaluate(options: argparse.Namespace) -> int:
     # Print and write.
     for near_chance in near_chance_notes(ours, compared, keras, options.mean or options.std):
         notes.add(near_chance)
-    evaluation = Evaluation(dataset, checkpoint, ours, keras, compared, notes.lines)
+    guards = check_guards([ours, *compared], keras or ours, options.min_accuracy, options.max_drop)
+    evaluation = Evaluation(dataset, checkpoint, ours, keras, compared, notes.lines, guards)
     print(f"\n{evaluation.summary}")
     written = write_results(evaluation, options.output, options.report)
     print(f"wrote {', '.join(map(str, written))}")
 
-    shortfalls = find_shortfalls(evaluation, options.min_accuracy, options.max_drop)
-    for shortfall in shortfalls:
-        print(f"shortfall: {shortfall}", file=sys.stderr)
-    return SHORTFALL if shortfalls else 0
+    unmet = [guard for guard in guards if not guard["met"]]
+    for guard in unmet:
+        below = f" below {guard['below']}" if "below" in guard else ""
+        measured = f"{guard['checkpoint']}: accuracy {guard['measured']:.4f}{below}"
+        print(f"shortfall: {measured}, {guard['guard']} {guard['bound']:g}", file=sys.stderr)
+    return SHORTFALL if unmet else 0
 
 
 def load_checkpoint(
@@ -258,18 +267,14 @@ def parse_arguments() -> argparse.Namespace:
         return value
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add(
-        "checkpoint",
-        nargs="?",
-        type=Path,
-        help="a .pt file (checkpoints/resnet8.pt beside this script)",
-    )
-    add("--compare", metavar="OTHER.pt", type=Path, nargs="+", default=[], help="evaluate these beside it")
-    add_scaling(parser, "CHECKPOINT")
-    add("--data-dir", metavar="DIR", type=Path, help="where CIFAR-10 is (data beside this script)")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="a .pt file (checkpoints/resnet8.pt)")
+    add = parser.add_argument_group("images").add_argument
+    add("--data-dir", metavar="DIR", type=Path, help="where CIFAR-10 is (data)")
     add("--data", choices=("auto", "full", "sample"), default="auto", help="the test set, or 1,000 of it")
     add("--download", action="store_true", help="download the test set into --data-dir if it is not there")
+    add_scaling(parser.add_argument_group("what CHECKPOINT is fed, if its .json does not say"), "CHECKPOINT")
+    add = parser.add_argument_group("what it is compared with").add_argument
+    add("--compare", metavar="OTHER.pt", type=Path, nargs="+", default=[], help="evaluate these beside it")
     add("--keras", metavar="KERAS_FILE", type=Path, help="the baseline (the file that CHECKPOINT came from)")
     add("--no-keras", action="store_true", help="no baseline")
     add(
@@ -278,25 +283,16 @@ def parse_arguments() -> argparse.Namespace:
         default=sys.executable,
         help="the Python that has Keras (this one)",
     )
+    add = parser.add_argument_group("how it is computed").add_argument
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest)")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(float32)")
     add("--batch-size", metavar="N", type=count, help="images at a time (CPU: 64, else 1024)")
     add("--workers", metavar="N", type=count, help="threads that run a batch each (CPU: one a core, else 1)")
-    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(float32)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest)")
-    add(
-        "--output",
-        metavar="DIR",
-        type=Path,
-        default=Path("results"),
-        help="for metrics.txt and .json (results)",
-    )
+    add = parser.add_argument_group("results").add_argument
+    add("--output", metavar="DIR", type=Path, default=Path("results"), help="metrics.txt, .json (results)")
     add("--report", action="store_true", help="draw report.png too")
     add("--min-accuracy", metavar="A", type=fraction, help="exit with status 3 below this fraction")
-    add(
-        "--max-drop",
-        metavar="D",
-        type=fraction,
-        help="exit with status 3 if further below Keras, or CHECKPOINT",
-    )
+    add("--max-drop", metavar="D", type=fraction, help="and if further below Keras, or else CHECKPOINT")
     options = parser.parse_args()
     check_scaling(parser, options)
     if options.keras and options.no_keras:

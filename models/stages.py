@@ -17,6 +17,7 @@ from models.keras.process import KerasProcess
 from models.mapping import MAPPING
 from models.proof import Scaling, compare_counts, compare_numbers, figures_of
 from models.tensors import Row, map_tensors
+from models.terminal import print_table
 
 if TYPE_CHECKING:
     from models.resnet8 import ResNet8
@@ -91,7 +92,6 @@ def stage(name: str) -> Iterator[list[str]]:
 
 def print_rows(rows: list[Row]) -> None:
     """Print the mapping table, one row a tensor."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("Keras", "shape", "axes", "PyTorch", "shape", box=None, padding=(0, 1), show_edge=False)
@@ -99,4 +99,4 @@ def print_rows(rows: list[Row]) -> None:
         shape = "absent" if row.source is None else str(row.source.shape)
         axes = f"= {row.absent:g}" if row.source is None else str(row.axes) if len(row.axes) > 1 else "as is"
         table.add_row(f"{row.layer}/{row.variable}", shape, axes, row.key, str(row.shape))
-    Console(highlight=False, width=160).print(table)  # wide enough for the names, whatever the terminal
+    print_table(table)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ends: 128 + SIGINT
@@ -19,7 +25,8 @@ def run(command: Callable[[], int]) -> int:
     Ctrl-C ends it with one line. A reader of its output that goes away (`| head -1`) ends the printing, not
     the work; if the output cannot be written otherwise (a full disk), that is said when the work is done.
     """
-    sys.stdout = output = _Output(sys.stdout)
+    # Python has no stdout when it is closed (`>&-`)
+    sys.stdout = output = _Output(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115
     try:
         status = command()
         output.flush()
@@ -59,16 +66,46 @@ def describe_input(model: str, mean: list[float], std: list[float]) -> str:
 
 def print_summary(outcomes: list[tuple[Path, dict | None, str]]) -> None:
     """Print one line a file: what came of it."""
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "result", "float64 difference", "", box=None, padding=(0, 1), show_edge=False)
+    headings = ("file", "result", "float64 difference", "output, or why not")
+    table = Table(*headings, box=None, padding=(0, 1), show_edge=False)
     for path, metadata, detail in outcomes:
         verification = metadata and metadata["verification"]
         difference = f"{verification['float64']['probabilities']:.1e}" if verification else ""
+        difference = difference or ("not verified" if metadata else "")
         table.add_row(str(path), "converted" if metadata else "refused", difference, detail)
     print()
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    print_table(table)
+
+
+def print_note(note: str, indent: str = "") -> None:
+    """Print a note: on a terminal wrapped to its width, between words; in a pipe as one line."""
+    text = f"{indent}note: {note}"
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(
+            text, width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False
+        )
+    print(text, flush=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a table, a line a row; on a terminal that is too narrow for it, a line a cell."""
+    from rich.console import Console
+
+    terminal = Console(highlight=False)
+    wide = Console(highlight=False, width=1000, file=io.StringIO())
+    needed = wide.measure(table).maximum
+    if sys.stdout.isatty() and needed > terminal.width:
+        headings = [str(column.header) for column in table.columns]
+        for cells in zip(*(column.cells for column in table.columns), strict=True):
+            for heading, cell in zip(headings, cells, strict=True):
+                print(f"  {heading:<{max(map(len, headings))}}  {cell}".rstrip())
+            print()
+        return
+    wide.print(table)
+    print("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))
 
 
 class _Output:

@@ -12,18 +12,21 @@ matplotlib.use("Agg")  # draws into a file, on a machine without a screen too
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color/).
-BLUE, ORANGE = "#0072B2", "#E69F00"
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # blue, orange, green, purple: four models at the most
 MISTAKES = 10  # images in the strip
 SMALLEST = 1e-10  # the least difference in a probability on the log axis
 
 
 def draw_report(
-    file: BinaryIO, title: str, dataset: Dataset, ours: Predictions, reference: Predictions | None
+    file: BinaryIO, title: str, dataset: Dataset, checkpoints: list[Predictions], keras: Predictions | None
 ) -> None:
-    """Write a PNG: confusion matrix, accuracy per class, differences to `reference`, most confident mistakes.
+    """Write a PNG of the first checkpoint, and of how the others and Keras compare.
 
-    It is 1,000 points of 1/100 inch wide: at 1,000 pixels no text is smaller than 8 points.
+    Confusion matrix, accuracy per class, differences to Keras (or to the first), most confident mistakes. It
+    is 1,000 points of 1/100 inch wide: at 1,000 pixels no text is smaller than 8 points.
     """
+    ours, *compared = checkpoints
+    shown = [ours, *([keras] if keras else []), *compared][: len(COLORS)]
     with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}):
         figure = plt.figure(figsize=(10, 8.5), layout="constrained")
         figure.suptitle(f"{title}: {ours.name} {100 * ours.metrics['accuracy']:.2f} %", fontsize=12)
@@ -32,8 +35,8 @@ def draw_report(
             [["confusion", "classes"], ["confusion", "differences"]], width_ratios=(6, 4)
         )
         draw_confusion(panels["confusion"], ours)
-        draw_classes(panels["classes"], ours, reference)
-        draw_differences(panels["differences"], ours, reference)
+        draw_classes(panels["classes"], shown)
+        draw_differences(panels["differences"], shown, keras or ours)
         draw_mistakes(below, dataset, ours)
         figure.savefig(file, format="png", dpi=150)
         plt.close(figure)
@@ -52,11 +55,10 @@ def draw_confusion(axes: plt.Axes, ours: Predictions) -> None:
     axes.set(title="Confusion matrix (images)", xlabel="predicted class", ylabel="true class")
 
 
-def draw_classes(axes: plt.Axes, ours: Predictions, reference: Predictions | None) -> None:
-    """Draw each class's accuracy, the reference's beside it."""
-    shown = [ours, reference] if reference else [ours]
+def draw_classes(axes: plt.Axes, shown: list[Predictions]) -> None:
+    """Draw each class's accuracy, the models side by side."""
     height = 0.8 / len(shown)
-    for index, (each, color) in enumerate(zip(shown, (BLUE, ORANGE), strict=False)):
+    for index, (each, color) in enumerate(zip(shown, COLORS, strict=False)):
         percents = 100 * np.array(list(each.metrics["per_class_accuracy"].values()))
         places = np.arange(len(CLASS_NAMES)) + (index - (len(shown) - 1) / 2) * height
         axes.barh(places, percents, height, color=color, label=each.name)
@@ -67,15 +69,21 @@ def draw_classes(axes: plt.Axes, ours: Predictions, reference: Predictions | Non
     axes.grid(axis="x", alpha=0.3)
 
 
-def draw_differences(axes: plt.Axes, ours: Predictions, reference: Predictions | None) -> None:
-    """Draw how far each image's probabilities are from the reference's, on a log axis."""
-    if reference is None:
+def draw_differences(axes: plt.Axes, shown: list[Predictions], reference: Predictions) -> None:
+    """Draw how far each image's probabilities are from the reference's, on a log axis, model by model."""
+    if len(shown) == 1:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no Keras baseline to compare with", ha="center", va="center")
         return
-    differences = np.abs(ours.probabilities - reference.probabilities).max(axis=1)
-    bins = np.logspace(np.log10(SMALLEST), max(0.5 + np.log10(differences.max(initial=SMALLEST)), -5), 50)
-    axes.hist(differences.clip(SMALLEST), bins, color=BLUE)
+    differences = {
+        color: np.abs(each.probabilities - reference.probabilities).max(axis=1)
+        for each, color in zip(shown, COLORS, strict=False)
+        if each is not reference
+    }
+    largest = max(found.max(initial=SMALLEST) for found in differences.values())
+    bins = np.logspace(np.log10(SMALLEST), max(0.5 + np.log10(largest), -5), 50)
+    for color, found in differences.items():  # the colours are those of the legend above
+        axes.hist(found.clip(SMALLEST), bins, color=color, alpha=0.6 if len(differences) > 1 else 1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:.0e}")  # the exponents of 10^-7 would be smaller than 8 points
     axes.set(

@@ -101,6 +101,29 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * total / 2**tosses)
 
 
+def check_guards(
+    checkpoints: list[Predictions],
+    reference: Predictions,
+    min_accuracy: float | None,
+    max_drop: float | None,
+) -> list[dict]:
+    """Return for every checkpoint and bound what was asked, what was measured, and whether it is met.
+
+    The drop is measured from `reference`; None is no bound. Accuracies are fractions of 1.
+    """
+    guards = []
+    for each in checkpoints:
+        accuracy = each.metrics["accuracy"]
+        drop = (reference.metrics["correct"] - each.metrics["correct"]) / len(each.labels)
+        if min_accuracy is not None:
+            guard = {"guard": "--min-accuracy", "bound": min_accuracy, "measured": accuracy}
+            guards.append({"checkpoint": each.name, **guard, "met": accuracy >= min_accuracy})
+        if max_drop is not None:
+            guard = {"guard": "--max-drop", "bound": max_drop, "measured": drop, "below": reference.name}
+            guards.append({"checkpoint": each.name, **guard, "met": drop <= max_drop})
+    return guards
+
+
 def near_chance_notes(
     ours: Predictions, compared: list[Predictions], keras: Predictions | None, is_overridden: bool
 ) -> list[str]:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES, Dataset
-from data.files import write_files
+from data.files import sha256_of, write_files
 from models.evaluation.metrics import Predictions, compare
-from models.terminal import describe_input
+from models.terminal import describe_input, print_note
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,6 +44,7 @@ class Evaluation:
     keras: Predictions | None
     compared: list[Predictions]  # the --compare checkpoints'
     notes: list[str]
+    guards: list[dict]  # what --min-accuracy and --max-drop asked for, and whether it was met
 
     @property
     def title(self) -> str:
@@ -64,12 +65,26 @@ class Evaluation:
     def summary(self) -> str:
         """The title and the tables, as plain text 80 columns wide."""
         everyone = self.all_predictions
-        tables = [models_table(everyone[i : i + COLUMNS]) for i in range(0, len(everyone), COLUMNS)]
+        longest = max(len(word) for each in everyone for word in each.name.split())
+        columns = max(1, min(COLUMNS, 58 // (longest + 2)))  # so that no name is broken in its middle
+        tables = [models_table(everyone[i : i + columns]) for i in range(0, len(everyone), columns)]
         tables += [pairs_table(self.pairs)] if self.pairs else []
         scalings = [
             describe_input(each.name, each.mean, each.std) for each in everyone if not each.is_fed_pixels
         ]
-        return "\n\n".join([self.title, as_text(tables), *scalings]) + "\n"
+        return "\n\n".join([self.title, self.files, as_text(tables), *scalings]) + "\n"
+
+    @property
+    def files(self) -> str:
+        """The file of each model, a line each; how it was computed where that is not float32 on the CPU."""
+        lines = []
+        for each in self.all_predictions:
+            ran = each.throughput and (each.throughput["dtype"], each.throughput["device"])
+            detail = f", {ran[0]} on {ran[1]}" if ran and ran != ("float32", "cpu") else ""
+            if each is self.keras and sha256_of(each.path) == self.checkpoint.origin:
+                detail = f", {self.checkpoint.metadata['source'].get('format', 'its source')}"
+            lines.append(f"{each.name}: {each.path}{detail}")
+        return "\n".join(lines)
 
 
 def write_results(evaluation: Evaluation, folder: Path, with_figure: bool) -> list[Path]:
@@ -88,9 +103,12 @@ def write_results(evaluation: Evaluation, folder: Path, with_figure: bool) -> li
     if with_figure:
         from models.evaluation.figure import draw_report
 
-        reference = evaluation.keras or next(iter(evaluation.compared), None)
         writers[folder / "report.png"] = lambda file: draw_report(
-            file, evaluation.title, evaluation.dataset, evaluation.ours, reference
+            file,
+            evaluation.title,
+            evaluation.dataset,
+            [evaluation.ours, *evaluation.compared],
+            evaluation.keras,
         )
     earlier = folder / "report.png"
     is_ours = earlier not in writers and (folder / "metrics.json").is_file()
@@ -126,6 +144,7 @@ def metrics_json(evaluation: Evaluation) -> dict:
         "compared": [
             {
                 "checkpoint": str(each.path),
+                "checkpoint_sha256": sha256_of(each.path),
                 "input": fed(each),
                 **each.metrics,
                 "throughput": each.throughput,
@@ -133,6 +152,7 @@ def metrics_json(evaluation: Evaluation) -> dict:
             for each in evaluation.compared
         ],
         "pairs": evaluation.pairs,
+        "guards": evaluation.guards,
         "notes": evaluation.notes,
         "environment": environment(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -155,21 +175,6 @@ def environment() -> dict:
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
     }
-
-
-def find_shortfalls(evaluation: Evaluation, min_accuracy: float | None, max_drop: float | None) -> list[str]:
-    """Return one line for every bound that a checkpoint falls short of; None is no bound."""
-    reference, shortfalls = evaluation.keras or evaluation.ours, []
-    for each in (evaluation.ours, *evaluation.compared):
-        accuracy = each.metrics["accuracy"]
-        drop = (reference.metrics["correct"] - each.metrics["correct"]) / len(each.labels)
-        if min_accuracy is not None and accuracy < min_accuracy:
-            shortfalls.append(f"{each.name}: accuracy {accuracy:.4f}, --min-accuracy {min_accuracy:g}")
-        if max_drop is not None and drop > max_drop:
-            shortfalls.append(
-                f"{each.name}: accuracy {drop:.4f} below {reference.name}, --max-drop {max_drop:g}"
-            )
-    return shortfalls
 
 
 def models_table(all_predictions: list[Predictions]) -> Table:
@@ -255,7 +260,7 @@ class Notes:
         """Print a line and keep it, once."""
         if line not in self.lines:
             self.lines.append(line)
-            print(f"note: {line}", flush=True)
+            print_note(line)
 
 
 def progress_bar(description: str) -> Callable[[Iterable, int], Iterable]:
