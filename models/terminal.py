@@ -82,12 +82,14 @@ def print_summary(outcomes: list[tuple[Path, dict | None, str]]) -> None:
 def print_note(note: str, indent: str = "") -> None:
     """Print a note: on a terminal wrapped to its width, between words; in a pipe as one line."""
     text = f"{indent}note: {note}"
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        text = textwrap.fill(
-            text, width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False
-        )
-    print(text, flush=True)
+    print(wrapped(text, f"{indent}  ") if sys.stdout.isatty() else text, flush=True)
+
+
+def wrapped(text: str, indent: str) -> str:
+    """Return text in lines as wide as the terminal, broken between words, all but the first indented."""
+    width = shutil.get_terminal_size().columns
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, width, subsequent_indent=indent, **options)
 
 
 def print_table(table: Table) -> None:
@@ -99,9 +101,10 @@ def print_table(table: Table) -> None:
     needed = wide.measure(table).maximum
     if sys.stdout.isatty() and needed > terminal.width:
         headings = [str(column.header) for column in table.columns]
+        longest = max(map(len, headings))
         for cells in zip(*(column.cells for column in table.columns), strict=True):
             for heading, cell in zip(headings, cells, strict=True):
-                print(f"  {heading:<{max(map(len, headings))}}  {cell}".rstrip())
+                print(wrapped(f"  {heading:<{longest}}  {cell}", " " * (longest + 4)).rstrip())
             print()
         return
     wide.print(table)

@@ -1,5 +1,7 @@
 """What is printed and written: tables, metrics.txt and metrics.json, the figure; whole or not at all."""
 
+import hashlib
+
 import pytest
 
 from models.evaluation import figure
@@ -59,3 +61,66 @@ def test_a_crash_while_writing_leaves_the_old_results(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="crash"):
         command("model.pt", "--no-keras", "--report", cwd=tmp_path)
     assert {path: path.read_bytes() for path in (tmp_path / "results").iterdir()} == before
+
+
+@needs_real_model
+def test_files_dtype_and_device_are_named(real):
+    stdout, _ = evaluated("model.pt", "--dtype", "bfloat16", cwd=real)
+    written = (real / "results/metrics.txt").read_text()
+    for text in (stdout, written):
+        assert "\nmodel.pt: model.pt, bfloat16 on cpu\n" in text
+        assert "\nKeras: model.h5, Keras 3.15.1 .h5 whole model\n" in text
+    stdout, _ = evaluated("model.pt", cwd=real)
+    assert "\nmodel.pt: model.pt\n" in stdout
+
+
+def test_compared_checkpoints_have_their_own_figures(tmp_path):
+    save(random_model(0), tmp_path / "a.pt", input=scaling(120.0, 64.0))
+    other = save(random_model(1), tmp_path / "b.pt", input=scaling(100.0, 32.0))
+    _, metrics = evaluated("a.pt", "--compare", "b.pt", "--no-keras", cwd=tmp_path)
+    (compared,) = metrics["compared"]
+    assert compared["checkpoint_sha256"] == hashlib.sha256(other.read_bytes()).hexdigest()
+    assert compared["input"] == {"mean": [100.0] * 3, "std": [32.0] * 3}
+    assert compared["correct"] == sum(row[i] for i, row in enumerate(compared["confusion_matrix"]))
+
+
+def test_what_was_asked_of_accuracy_is_recorded(tmp_path):
+    save(random_model(0), tmp_path / "a.pt", input=scaling(120.0, 64.0))
+    save(random_model(1), tmp_path / "b.pt", input=scaling(120.0, 64.0))
+    arguments = ["a.pt", "--compare", "b.pt", "--no-keras", "--min-accuracy", 0.5, "--max-drop", 1]
+    _, metrics = evaluated(*arguments, cwd=tmp_path, status=3)
+    found = {(guard["checkpoint"], guard["guard"]): guard for guard in metrics["guards"]}
+    accuracy = metrics["pytorch"]["accuracy"]
+    assert found["a.pt", "--min-accuracy"] == {
+        "checkpoint": "a.pt", "guard": "--min-accuracy", "bound": 0.5, "measured": accuracy, "met": False
+    }  # fmt: skip
+    assert found["b.pt", "--max-drop"]["measured"] == accuracy - metrics["compared"][0]["accuracy"]
+    assert found["b.pt", "--max-drop"]["met"] and found["b.pt", "--max-drop"]["below"] == "a.pt"
+    assert len(found) == 4
+    _, metrics = evaluated("a.pt", "--no-keras", cwd=tmp_path)
+    assert metrics["guards"] == []
+
+
+def test_no_name_is_broken_in_its_middle(tmp_path):
+    names = [f"resnet8_{i}_tuned_for_longer.pt" for i in range(3)]
+    for name in names:
+        save(random_model(), tmp_path / name, input=scaling(120.0, 64.0))
+    stdout, _ = evaluated(names[0], "--no-keras", "--compare", *names[1:], cwd=tmp_path)
+    tables = stdout.split("\n\n", 2)[2]
+    assert max(map(len, tables.splitlines())) <= 80
+    headings = [line for line in tables.splitlines() if line.startswith("     ") and ".pt" in line]
+    assert all(any(name in heading for heading in headings) for name in names)
+
+
+def test_report_draws_up_to_four_models(tmp_path, sample, monkeypatch):
+    shown = []
+    draw = figure.draw_classes
+    monkeypatch.setattr(
+        figure, "draw_classes", lambda axes, models: (shown.append(models), draw(axes, models))
+    )
+    for index in range(5):
+        save(random_model(index), tmp_path / f"{index}.pt", input=scaling(120.0, 64.0))
+    others = [f"{index}.pt" for index in range(1, 5)]
+    evaluated("0.pt", "--no-keras", "--report", "--compare", *others, cwd=tmp_path)
+    assert [each.name for each in shown[0]] == ["0.pt", "1.pt", "2.pt", "3.pt"]
+    assert (tmp_path / "results/report.png").stat().st_size > 10_000

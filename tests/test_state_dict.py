@@ -1,0 +1,170 @@
+"""models/state_dict.py: what training loops make of a state_dict is undone, with one note."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
+
+from models.checkpoint import read_checkpoint, save_checkpoint
+from models.resnet8 import ResNet8
+from tests.evaluating import evaluated, random_model, save, scaling
+
+
+def lightning(model):
+    """What Lightning's trainer saves of a module that has the network as `self.model`."""
+    module = nn.Module()
+    module.model = model
+    return {"state_dict": module.state_dict(), "epoch": 3, "lr_schedulers": [], "hparams_name": "kwargs"}
+
+
+def loop(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return {
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        "loss": 0.1,
+    }
+
+
+def pruned(model):
+    model = copy.deepcopy(model)
+    for module in (model.conv1, model.layer3.conv2, model.fc):
+        prune.l1_unstructured(module, "weight", amount=0.3)
+    return model.state_dict()
+
+
+WAYS = {  # how it is saved -> what the note says
+    "plain": (lambda model: model.state_dict(), ""),
+    "Lightning": (lightning, "under 'state_dict', without 'model.'"),
+    "loop": (loop, "under 'model_state_dict'"),
+    "under model": (lambda model: {"model": model.state_dict(), "epoch": 1}, "under 'model'"),
+    "torch.compile": (lambda model: torch.compile(model).state_dict(), "without '_orig_mod.'"),
+    "DataParallel": (lambda model: nn.DataParallel(model).state_dict(), "without 'module.'"),
+    "AveragedModel": (lambda model: AveragedModel(model).state_dict(), "without 'module.'"),
+    "compiled DataParallel": (
+        lambda model: torch.compile(nn.DataParallel(model)).state_dict(),
+        "without '_orig_mod.', without 'module.'",
+    ),
+    "averaged in a loop": (
+        lambda model: {"state_dict": AveragedModel(model).state_dict()},
+        "under 'state_dict', without 'module.'",
+    ),
+    "float16": (lambda model: copy.deepcopy(model).half().state_dict(), "float16 weights as float32"),
+    "bfloat16": (lambda model: copy.deepcopy(model).bfloat16().state_dict(), "bfloat16 weights as float32"),
+    "float64": (lambda model: copy.deepcopy(model).double().state_dict(), "float64 weights as float32"),
+    "pruned": (pruned, "pruned weights times their masks"),
+}
+ROUNDED = {"float16": 0.01, "bfloat16": 0.1}  # how far a weight may be from what it was
+
+
+def rightly_saved(way, model):
+    """Return the state_dict that a way of saving stands for."""
+    if way != "pruned":
+        return model.state_dict()
+    model = copy.deepcopy(model)
+    for module in (model.conv1, model.layer3.conv2, model.fc):
+        prune.l1_unstructured(module, "weight", amount=0.3)
+        prune.remove(module, "weight")
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_training_loops_save_is_loaded_with_one_note(tmp_path, way):
+    make, note = WAYS[way]
+    model = random_model()
+    torch.save(make(model), tmp_path / "model.pt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = ResNet8.from_checkpoint(tmp_path / "model.pt")
+    expected = [f"model.pt is read as a state_dict: {note}"] if note else []
+    assert [str(warning.message) for warning in caught] == expected
+    right = rightly_saved(way, model)
+    assert loaded.state_dict().keys() == right.keys()
+    for key, tensor in loaded.state_dict().items():
+        assert tensor.dtype in (torch.float32, torch.int64)
+        assert (tensor - right[key]).abs().max() <= ROUNDED.get(way, 0), key
+
+
+def test_evaluate_notes_it_for_the_checkpoint_and_for_what_is_compared(tmp_path):
+    model = random_model()
+    save(model, tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    torch.save(lightning(model), tmp_path / "last.ckpt")
+    torch.save(pruned(model), tmp_path / "pruned.pt")
+    stdout, metrics = evaluated("last.ckpt", "--no-keras", "--std", 64, "--mean", 120, cwd=tmp_path)
+    assert "note: last.ckpt is read as a state_dict: under 'state_dict', without 'model.'\n" in stdout
+    alone = metrics["pytorch"]
+    stdout, metrics = evaluated("model.pt", "--no-keras", "--compare", "last.ckpt", "pruned.pt", cwd=tmp_path)
+    assert alone["confusion_matrix"] == metrics["pytorch"]["confusion_matrix"]
+    assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
+    assert metrics["pairs"][1]["max_abs_probability_difference"] > 0
+    assert sum("is read as a state_dict" in note for note in metrics["notes"]) == 2
+
+
+def test_a_double_file_keeps_its_bits_in_float64(tmp_path):
+    model = random_model().double()
+    with torch.no_grad():
+        model.fc.bias += 1e-12  # lost in float32
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    kept = read_checkpoint(ResNet8, tmp_path / "model.pt", dtype=torch.float64)
+    assert kept.read_as == ""
+    assert all(torch.equal(kept.model.state_dict()[key], value) for key, value in model.state_dict().items())
+    rounded = read_checkpoint(ResNet8, tmp_path / "model.pt")
+    assert not torch.equal(rounded.model.fc.bias.double(), model.fc.bias)
+
+
+def mask_alone(model):
+    return {**model.state_dict(), "conv1.weight_mask": torch.ones(16, 3, 3, 3)}
+
+
+class Hyperparameters:
+    """What a training loop may save of its own: an object."""
+
+
+REFUSED = {  # what is saved -> words that say what it is, and how to save it instead
+    "an object beside it": (
+        lambda model: {"state_dict": model.state_dict(), "hparams": Hyperparameters()},
+        ["code or objects", "torch.save(model.state_dict(), ...)"],
+    ),
+    "a mask alone": (mask_alone, ["conv1.weight_mask has no conv1.weight_orig"]),
+    "two networks": (
+        lambda model: {f"{part}.{key}": value for part in "ab" for key, value in model.state_dict().items()},
+        ["fc.weight", "not a ResNet8's state_dict"],
+    ),
+    "quantized": (
+        lambda model: {**model.state_dict(), "fc.weight": torch.zeros(10, 64, dtype=torch.int8)},
+        ["fc.weight is torch.int8", "from evaluate import score"],
+    ),
+    "nothing under its key": (lambda model: {"state_dict": {}, "epoch": 1}, ["not a ResNet8's state_dict"]),
+    "a number under its key": (lambda model: {"state_dict": 3}, ["expected a state_dict"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_says_what_it_is(tmp_path, name):
+    make, words = REFUSED[name]
+    torch.save(make(random_model()), tmp_path / "model.pt")
+    with pytest.raises(ValueError) as caught:
+        ResNet8.from_checkpoint(tmp_path / "model.pt")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'model.pt'}: ") and len(message.splitlines()) == 1
+    assert all(word in message for word in words), message
+
+
+def test_a_fine_tuned_network_is_saved_with_what_is_known_of_it(tmp_path):
+    """Its JSON says what it is fed and where its Keras file is, and not that convert.py wrote it."""
+    model = random_model(bn_eps=5e-3)
+    source = {"file": "model.h5", "sha256": "0" * 64}
+    described = {"architecture": {"bn_eps": 5e-3, "bn_momentum": 0.01}, "sha256": "1" * 64, "source": source}
+    save(model, tmp_path / "model.pt", input=scaling(120.0, 64.0), verification={"layers": 27}, **described)
+    (tmp_path / "sub").mkdir()
+    save_checkpoint(model, tmp_path / "sub/tuned.pt", like=tmp_path / "model.pt")
+    tuned = read_checkpoint(ResNet8, tmp_path / "sub/tuned.pt")
+    assert (tuned.mean, tuned.std, tuned.model.bn1.eps) == ([120.0] * 3, [64.0] * 3, 5e-3)
+    assert (tmp_path / "sub" / tuned.metadata["source"]["file"]).resolve() == tmp_path / "model.h5"
+    assert tuned.origin == "0" * 64
+    assert not tuned.is_as_converted
+    assert not {"sha256", "verification"} & tuned.metadata.keys()
