@@ -141,10 +141,13 @@ def read_checkpoint(
 
     channels, scaling = model.conv1.in_channels, metadata.get("input", {})
     mean, std = scaling.get("mean", [0.0] * channels), scaling.get("std", [1.0] * channels)
-    for name, values in (("mean", mean), ("std", std)):
+    theirs = metadata.get("source", {}).get("input", {})
+    lists = {"input.mean": mean, "input.std": std}
+    lists |= {f"source.input.{name}": theirs[name] for name in ("mean", "std") if name in theirs}
+    for name, values in lists.items():
         if len(values) != channels:
             described_in = path.with_suffix(".json")
-            raise ValueError(f"{described_in}: input.{name} has {len(values)} values, expected {channels}")
+            raise ValueError(f"{described_in}: {name} has {len(values)} values, expected {channels}")
     read_as = f"{path.name} is read as a state_dict: {', '.join(done)}" if done else ""
     return Checkpoint(path, model, sha256_of(path), mean, std, metadata, read_as)
 

@@ -4,13 +4,19 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
+from pathlib import Path
 
+import h5py
 import pytest
 import torch
 
+import evaluate
+from models import terminal
 from models.resnet8 import ResNet8
 from tests.evaluating import (
     ROOT,
@@ -147,6 +153,21 @@ def traced(model, path):
         torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, 32, 32)), path)
 
 
+def exported(model, path):
+    torch.export.save(torch.export.export(model, (torch.zeros(1, 3, 32, 32),)), path)
+
+
+def compressed(model, path):
+    """A gigabyte of zeros in a megabyte, as torch writes none."""
+    save(model, path)
+    with zipfile.ZipFile(path) as source:
+        members = {name: source.read(name) for name in source.namelist()}
+    largest = max(members, key=lambda name: len(members[name]))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, content in members.items():
+            target.writestr(name, bytes(2**28) if name == largest else content)
+
+
 def cut(model, path):
     save(model, path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -168,10 +189,15 @@ HOSTILE = {
         lambda _, path: path.write_bytes(pickle.dumps(Bomb(path.parent / "MARK"))),
         "code or",
     ),
-    "TorchScript": (traced, "not a PyTorch file"),
+    "TorchScript": (traced, "a TorchScript archive"),
+    "torch.export": (exported, "a torch.export archive"),
+    "compressed records": (compressed, "compressed records"),
     "whole module": (lambda model, path: torch.save(model, path), "code or objects"),
     "other model": (lambda _, path: save(torch.nn.Linear(2, 2), path), "not a ResNet8's state_dict"),
-    "wrapped": (lambda model, path: torch.save({"state_dict": model.state_dict()}, path), "tensors by name"),
+    "wrapped twice": (
+        lambda model, path: torch.save({"net": {"state_dict": model.state_dict()}}, path),
+        "tensors by name",
+    ),
     "list": (lambda _, path: torch.save([1], path), "expected a state_dict"),
     "cut": (cut, "damaged"),
     "empty": (lambda _, path: path.write_bytes(b""), "damaged"),
@@ -276,7 +302,149 @@ def test_other_errors_get_one_line(tmp_path):
     assert "nowhere.h5: No such file" in refused("model.pt", "--keras", "nowhere.h5", cwd=tmp_path)
     (tmp_path / "noise.h5").write_bytes(b"noise")
     assert "noise.h5: neither an HDF5 file" in refused("model.pt", "--keras", "noise.h5", cwd=tmp_path)
-    assert "python convert.py" in refused(cwd=tmp_path, run=process)
     assert "--compare" not in refused("model.pt", "--compare", "other.pt", cwd=tmp_path)
     if not torch.cuda.is_available():
         assert "--device cuda" in refused("model.pt", "--device", "cuda", cwd=tmp_path)
+
+
+# What a checkpoint is fed
+
+
+def test_inputs_are_given_or_taken_from_the_checkpoint_and_said(tmp_path):
+    """A fine-tuned file under a new name has no JSON: it is fed pixels, what is given, or as CHECKPOINT."""
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    save(random_model(), tmp_path / "tuned.pt")
+    stdout, metrics = evaluated("model.pt", "--no-keras", "--compare", "tuned.pt", cwd=tmp_path)
+    assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
+    assert "note: tuned.json does not say what tuned.pt is fed: fed as model.pt\n" in stdout
+    fed = {"mean": [120.0] * 3, "std": [64.0] * 3}
+    assert metrics["input"] == metrics["compared"][0]["input"] == fed
+    written = (tmp_path / "results/metrics.txt").read_text()
+    for text in (stdout, written):
+        for name in ("model.pt", "tuned.pt"):
+            said = f"{name} is fed (pixel - mean) / std, pixels 0 to 255,\n"
+            assert f"{said}  mean 120, 120, 120; std 64, 64, 64\n" in text
+    right = metrics["pytorch"]
+
+    stdout, metrics = evaluated("tuned.pt", "--no-keras", "--mean", 120, "--std", 64, 64, 64, cwd=tmp_path)
+    assert "does not say" not in stdout
+    assert metrics["input"] == fed and metrics["pytorch"]["loss"] == pytest.approx(right["loss"])
+    stdout, metrics = evaluated("tuned.pt", "--no-keras", cwd=tmp_path)
+    assert "pixels from 0 to 255 are assumed; --mean and --std say it, or a copy of the original's" in stdout
+    assert "tuned.pt is fed (pixel" not in stdout and metrics["input"] == {
+        "mean": [0.0] * 3,
+        "std": [1.0] * 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--std", "0"], 2, "--std must be above 0"),
+        (["--mean", "1", "2"], 1, "--mean has 2 values, but the model's input has 3 channels"),
+        (["--std", "nan"], 2, "--std"),
+        (["--mean", "inf"], 1, "finite"),
+    ],
+)
+def test_inputs_that_make_no_sense(tmp_path, arguments, status, words):
+    save(random_model(), tmp_path / "model.pt")
+    assert words in refused("model.pt", "--no-keras", *arguments, cwd=tmp_path, status=status)
+
+
+@needs_real_model
+def test_another_keras_file_is_named_and_no_failed_conversion(real, reader):
+    """B.pt beside Keras's A.h5 is another model, and the row and a note say so."""
+    metadata = json.loads((real / "model.json").read_text())
+    model = ResNet8.from_checkpoint(real / "model.pt")
+    metadata["source"]["sha256"] = "0" * 64
+    save(model, real / "other.pt", **metadata)
+    stdout, metrics = evaluated("model.pt", "--compare", "other.pt", cwd=real)
+    assert [pair["models"][0] for pair in metrics["pairs"]][:2] == ["Keras model.h5"] * 2
+    (note,) = [note for note in metrics["notes"] if "another file" in note]
+    assert note.startswith("other.pt was converted from another file than model.h5: ") and note in stdout
+    save(model, real / "tuned.pt", input=metadata["input"])  # of unknown origin: most likely the same
+    stdout, metrics = evaluated("model.pt", "--compare", "tuned.pt", cwd=real)
+    assert metrics["pairs"][0]["models"][0] == "Keras" and "another file" not in stdout
+
+
+# The data, the outputs, the defaults
+
+
+def command_line(monkeypatch, capsys, cwd, *arguments):
+    """Run evaluate.py with just these arguments; return (status, stdout, stderr)."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    status = evaluate.main()
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def test_a_data_dir_that_was_given_must_hold_the_data(tmp_path, monkeypatch, capsys):
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    arguments = ["model.pt", "--no-keras", "--data-dir", "mistyped"]
+    status, _, error = command_line(monkeypatch, capsys, tmp_path, *arguments)
+    assert status == 1 and len(error.splitlines()) == 1
+    assert "mistyped (cifar-10-batches-bin or cifar-10-batches-py)" in error and "--download" in error
+    assert not (tmp_path / "results").exists()
+    status, out, _ = command_line(monkeypatch, capsys, tmp_path, *arguments, "--data", "sample")
+    assert status == 0 and "1,000 images" in out
+
+
+def test_defaults_lie_beside_the_scripts(tmp_path, monkeypatch, capsys):
+    """Called from elsewhere, it says where it looks for the checkpoint, and what makes it."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(terminal, "ROOT", tmp_path / "repository")
+    status, out, error = command_line(monkeypatch, capsys, tmp_path / "elsewhere")
+    assert status == 1
+    assert f"test set in {tmp_path / 'repository/data'} " in out
+    assert f"{tmp_path / 'repository/checkpoints/resnet8.pt'}: No such file" in error
+    assert "python convert.py" in error
+
+
+def test_what_cannot_be_done_is_said_before_keras_is_asked(tmp_path, monkeypatch, capsys):
+    """A folder that cannot be written to, a device that is not there: named as they were given."""
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    (tmp_path / "afile").write_text("no folder")
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda *_, **__: pytest.fail("went on"))
+    cases = {("--output", "afile"): "error: afile: Not a directory\n"}
+    if not torch.cuda.is_available():
+        cases["--device", "cuda"] = "error: --device cuda: this machine, or this PyTorch, has none\n"
+    for arguments, line in cases.items():
+        status, _, error = command_line(monkeypatch, capsys, tmp_path, "model.pt", *arguments)
+        assert (status, error) == (1, line)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "model.json", "model.pt"]
+
+
+def test_the_files_of_a_result_belong_to_one_run(tmp_path):
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    (tmp_path / "results").mkdir()
+    mine = tmp_path / "results/report.png"
+    mine.write_bytes(b"a user's own, in a folder without our figures")
+    evaluated("model.pt", "--no-keras", cwd=tmp_path)
+    assert mine.exists()
+    evaluated("model.pt", "--no-keras", "--report", cwd=tmp_path)
+    assert mine.read_bytes().startswith(b"\x89PNG")
+    evaluated("model.pt", "--no-keras", cwd=tmp_path)
+    assert sorted(path.name for path in mine.parent.iterdir()) == ["metrics.json", "metrics.txt"]
+
+
+@pytest.mark.parametrize("shape", [None, 7, [32, 32, 3], [], "32"])
+def test_a_keras_file_with_an_odd_input_shape_is_refused_in_one_line(tmp_path, keras_files, shape):
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    path = Path(shutil.copy(keras_files / "keras/full_size.h5", tmp_path / "odd.h5"))
+    with h5py.File(path, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        first = config["config"]["layers"][0]["config"]
+        first["batch_shape" if "batch_shape" in first else "batch_input_shape"] = shape
+        file.attrs["model_config"] = json.dumps(config)
+    line = refused("model.pt", "--keras", "odd.h5", cwd=tmp_path)
+    assert line.startswith("error: odd.h5: the input's shape is ")
+
+
+def test_a_reader_that_goes_away_ends_the_printing_not_the_work(tmp_path):
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    program = f"{sys.executable} {ROOT / 'evaluate.py'} model.pt --no-keras --data sample"
+    shell = f"set -o pipefail; {program} | head -1"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "results/metrics.json").exists()

@@ -5,14 +5,30 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from data.cifar10 import load_test
+from models.checkpoint import read_checkpoint
+from models.evaluation import baseline
+from models.evaluation.results import Notes
 from models.resnet8 import ResNet8
-from tests.evaluating import NOT_A_PYTHON, ROOT, command, evaluated, needs_real_model, refused
+from tests.evaluating import (
+    NOT_A_PYTHON,
+    ROOT,
+    command,
+    evaluated,
+    needs_real_model,
+    random_model,
+    refused,
+    save,
+    scaling,
+)
 
 
 @needs_real_model
@@ -27,7 +43,7 @@ def test_agrees_with_keras(converted):
     assert metrics["throughput"]["batch_norm_folded"] is True
     assert "asking Keras about 1,000 images" in stdout
     assert {path.name for path in folder.iterdir()} == {
-        *("model.h5", "model.pt", "model.json", "model.keras.npz", "results")
+        *("model.h5", "model.pt", "model.json", "model.keras-sample.npz", "results")
     }
 
 
@@ -87,16 +103,16 @@ def another_shape(path):
     ids=["cut", "empty", "flipped bit", "pickle", "another shape"],
 )
 def test_damaged_probabilities_are_noticed(real, damage):
-    damage(real / "model.keras.npz")
+    damage(real / "model.keras-sample.npz")
     line = refused("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)  # so it does ask Keras again
     assert NOT_A_PYTHON in line and "--no-keras" in line
 
 
 @needs_real_model
 def test_damaged_probabilities_are_made_again(converted, real):
-    flip(real / "model.keras.npz", 0.5)
+    flip(real / "model.keras-sample.npz", 0.5)
     stdout, metrics = evaluated("model.pt", cwd=real)
-    assert "model.keras.npz is damaged: made again" in stdout
+    assert "model.keras-sample.npz is damaged: made again" in stdout
     assert metrics["keras"] == converted[2]["keras"]
     stdout, _ = evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
     assert "damaged" not in stdout
@@ -120,20 +136,20 @@ def test_stale_probabilities_are_noticed(real, change):
 
 @needs_real_model
 def test_probabilities_that_cannot_be_kept_are_used_all_the_same(real):
-    (real / "model.keras.npz").unlink()
-    (real / "model.keras.npz").mkdir()
+    (real / "model.keras-sample.npz").unlink()
+    (real / "model.keras-sample.npz").mkdir()
     stdout, metrics = evaluated("model.pt", cwd=real)
-    assert "model.keras.npz cannot be written" in stdout
+    assert "model.keras-sample.npz cannot be written" in stdout
     assert metrics["agreement"]["same_prediction"] == 1000
 
 
 @needs_real_model
 def test_folds_only_as_long_as_keras_agrees(real):
     """Probabilities that are 2e-5 off pass for Keras's, and are further off than folding may be."""
-    with np.load(real / "model.keras.npz") as content:
+    with np.load(real / "model.keras-sample.npz") as content:
         key, probabilities = content["key"], content["probabilities"].copy()
     probabilities[0] += np.where(probabilities[0] > 0.5, -2e-5, 2e-5)
-    np.savez(real / "model.keras.npz", key=key, probabilities=probabilities)
+    np.savez(real / "model.keras-sample.npz", key=key, probabilities=probabilities)
     stdout, metrics = evaluated("model.pt", cwd=real)
     assert "unfolded" in stdout
     assert metrics["throughput"]["batch_norm_folded"] is False
@@ -191,3 +207,38 @@ def test_a_baseline_that_is_no_resnet8_is_named(real):
         weights.attrs.update({**saved.attrs, "layer_names": kept})
     line = refused("model.pt", "--keras", "weights.h5", cwd=real)
     assert line.startswith("error: weights.h5: ") and line.count("weights.h5") == 1
+
+
+@needs_real_model
+def test_answers_belong_to_the_epsilon_too(real):
+    """Weights alone do not say it: converted with another --bn-eps, they are another model."""
+    metadata = json.loads((real / "model.json").read_text())
+    metadata["architecture"]["bn_eps"] = 0.01
+    (real / "model.json").write_text(json.dumps(metadata))
+    done = command("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
+    assert done.returncode == 1
+    assert "is of another Keras file, other images or another scaling: made again" in done.stdout
+
+
+@needs_real_model
+def test_answers_for_the_sample_and_for_the_full_set_lie_side_by_side(real, monkeypatch):
+    """A run on the sample leaves what Keras said of the full set, and the other way round."""
+    kept = {path: path.read_bytes() for path in real.glob("*.npz")}
+    assert [path.name for path in kept] == ["model.keras-sample.npz"]
+    sample = load_test(Path("none"), "sample")
+    checkpoint = read_checkpoint(ResNet8, real / "model.pt")
+    other = replace(sample, sha256="0" * 64)  # any other images: those of the full set
+    answers = np.full((1000, 10), 0.1, np.float32)
+    monkeypatch.setattr(baseline, "ask_keras", lambda *_: answers)
+    baseline.keras_predictions("Keras", real / "model.h5", checkpoint, other, NOT_A_PYTHON, Notes())
+    assert {path.name for path in real.glob("*.npz")} == {"model.keras-sample.npz", "model.keras.npz"}
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
+
+
+@pytest.mark.parametrize("wrong", ["mean", "std"])
+def test_a_scaling_of_the_keras_model_that_does_not_fit_is_refused(tmp_path, wrong):
+    fed = {"mean": [0.0] * 3, "std": [1.0] * 3, wrong: [1.0, 2.0]}
+    save(random_model(), tmp_path / "model.pt", input=scaling(0.0, 1.0), source={"input": fed})
+    line = refused("model.pt", cwd=tmp_path)
+    assert f"model.json: source.input.{wrong} has 2 values, expected 3" in line

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from data.cifar10 import CLASS_NAMES
-from models.evaluation.metrics import Predictions, compare, mcnemar_p, short_names, wilson_interval
+from models.evaluation.metrics import (
+    Predictions,
+    compare,
+    mcnemar_p,
+    near_chance_notes,
+    short_names,
+    wilson_interval,
+)
+from models.evaluation.results import as_text, pairs_table
 from tests.evaluating import evaluated, random_model, save, scaling
 
 
@@ -75,7 +83,8 @@ def test_mcnemar_of_many_images_nears_the_normal_distribution():
 def test_compare_counts_image_by_image():
     def model(name, classes):
         logits = torch.from_numpy(5.0 * np.eye(10)[classes])
-        return Predictions(name, Path(name), logits.log_softmax(dim=1).numpy(), np.arange(4))
+        log_probabilities = logits.log_softmax(dim=1).numpy()
+        return Predictions(name, Path(name), log_probabilities, np.arange(4), [0.0] * 3, [1.0] * 3)
 
     pair = compare(model("a", [0, 1, 9, 9]), model("b", [0, 9, 2, 3]))
     assert pair["models"] == ["a", "b"]
@@ -87,3 +96,34 @@ def test_compare_counts_image_by_image():
 
 def test_short_names():
     assert short_names([Path("a/x.pt"), Path("b/x.pt"), Path("b/y.pt")]) == ["a/x.pt", "b/x.pt", "y.pt"]
+
+
+def predictions(name, correct, fed=(0.0, 1.0), images=100):
+    """Predictions of which so many are right."""
+    labels = np.arange(images) % 10
+    classes = np.where(np.arange(images) < correct, labels, (labels + 1) % 10)
+    log_probabilities = torch.from_numpy(5.0 * np.eye(10)[classes]).log_softmax(dim=1).numpy()
+    mean, std = fed
+    return Predictions(name, Path(name), log_probabilities, labels, [mean] * 3, [std] * 3)
+
+
+def test_near_chance_blames_the_inputs_only_where_they_may_be_wrong():
+    fine, pruned = predictions("fine", 87), predictions("pruned", 15)
+    other_inputs = predictions("other inputs", 12, fed=(0.0, 255.0))
+
+    def blamed(ours, compared, keras, is_overridden=False):
+        notes = near_chance_notes(ours, compared, keras, is_overridden)
+        return [note.partition(" is near chance")[0] for note in notes]
+
+    assert blamed(pruned, [], None) == ["pruned"]
+    assert blamed(pruned, [], predictions("Keras", 87)) == []  # fed the same, and right
+    assert blamed(pruned, [], predictions("Keras", 87), is_overridden=True) == []
+    assert blamed(pruned, [], predictions("Keras", 11)) == ["pruned"]  # both may be fed the wrong inputs
+    assert blamed(fine, [pruned], None) == []
+    assert blamed(fine, [other_inputs], None) == ["other inputs"]
+    assert blamed(other_inputs, [], predictions("Keras", 87), is_overridden=True) == ["other inputs"]
+
+
+def test_a_p_value_too_small_for_a_float_is_a_bound():
+    table = pairs_table([compare(predictions("a", 0, images=5000), predictions("b", 5000, images=5000))])
+    assert "p < 1e-99" in as_text([table]) and "0.0e" not in as_text([table])
