@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -112,6 +111,8 @@ def read_checkpoint(
             )
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} has values that are NaN or infinite")
+        if tensor.is_floating_point() and not tensor.to(dtype).isfinite().all():
+            raise ValueError(f"{path}: {name} has values too large for {str(dtype).removeprefix('torch.')}")
         if name.endswith("running_var") and (tensor < 0).any():
             raise ValueError(f"{path}: {name} is negative ({tensor.min():g})")
     metadata = read_metadata(path)
@@ -170,8 +171,8 @@ def write_checkpoint(path: Path, model: nn.Module, metadata: dict) -> dict:
     return metadata
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object) -> bool:  # of a size that can be computed with; NaN is none
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30
 
 
 def _is_numbers(value: object) -> bool:
@@ -258,4 +259,6 @@ def read_metadata(described: Path) -> dict:
             group = group.get(parent, {})
         if key in group and not _IS[expected](group[key]):
             raise ValueError(f"{path}: {name} is {json.dumps(group[key])[:60]}, expected {expected}")
+        if key in group and expected.startswith("a list of numbers"):
+            group[key] = [float(value) for value in group[key]]
     return metadata

@@ -104,6 +104,8 @@ def check_archive(path: Path) -> None:
         what, instead = "a torch.export archive", "torch.export.load(...)"
     elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError(f"{path}: holds compressed records; torch.save writes none")
+    elif len(set(names)) < len(names):
+        raise ValueError(f"{path}: damaged: it holds a record twice")
     elif sum(record.file_size for record in records) > path.stat().st_size:
         raise ValueError(f"{path}: damaged: its records are larger than the file")
     else:

@@ -1,7 +1,8 @@
 """Damages Keras files in every way and sees to it that each is converted, or refused in one line.
 
-    python -m tests.fuzz [--files DIR] [--count N] [--seed S] [--keep DIR]
+    python -m tests.fuzz [--kind keras|pt|json|npz|cifar] [--count N] [--seed S] [--files DIR] [--keep DIR]
 
+Other kinds of files are damaged by `tests/fuzz_others.py`, and read or refused. Keras files:
 The first DIR is what `tests.keras_files.writer` has written (it is called if there is none); how files are
 damaged stands in `tests/keras_files/damage.py`. Prints what came of them; exits 1 if anything else than those
 two outcomes did.
@@ -25,6 +26,7 @@ from models.errors import KerasFileError, VerificationError
 from models.keras.file import start_reader
 from models.resnet8 import ResNet8
 from models.worker import Worker
+from tests import fuzz_others
 from tests.keras_files.damage import damage
 from tests.keras_files.networks import WRITERS
 
@@ -102,6 +104,7 @@ def run(files: Path, count: int, seed: int, keep: Path | None = None) -> tuple[C
 def main() -> int:
     """Run it and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", choices=("keras", "pt", "json", "npz", "cifar"), default="keras")
     parser.add_argument("--files", type=Path, help="a folder that tests.keras_files.writer has written")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -109,13 +112,16 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = arguments.files or Path(folder)
-        if not arguments.files:
+        if not arguments.files and arguments.kind == "keras":
             for writer in WRITERS:
                 subprocess.run(
                     [sys.executable, "-m", "tests.keras_files.writer", files / writer, writer], check=True
                 )
         started = time.monotonic()
-        counts, failures = run(files, arguments.count, arguments.seed, arguments.keep)
+        if arguments.kind == "keras":
+            counts, failures = run(files, arguments.count, arguments.seed, arguments.keep)
+        else:
+            counts, failures = fuzz_others.run(arguments.kind, arguments.count, arguments.seed)
     outcomes = ("converted", "refused", "crashed the reader", "failed")
     print(f"{'damage':28}" + "".join(f"{name:>20}" for name in outcomes))
     for kind in sorted({kind for kind, _ in counts}):
