@@ -19,27 +19,26 @@ directions share the stages of `models/stages.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 from data.cifar10 import DataError
-from data.files import write_files
 from models.errors import OutputExistsError, VerificationError
 from models.keras.file import read_keras_content, read_keras_file, start_reader
 from models.keras.process import KerasProcess
 from models.paths import KERAS_SUFFIXES, check_outputs, is_checkpoint, json_of
 from models.placing import graph_of, with_graph, with_rescaling
-from models.proof import compare_tensors
-from models.stages import map_rows, match, prove, verified_by
-from models.tensors import build_model, input_normalization, load_tensors, one_a_channel
+from models.proof import compare_scaling
+from models.stages import map_rows, match, prove_counts, prove_numbers, verified_by
+from models.tensors import build_model, input_normalization, load_tensors
 from models.terminal import (
     add_scaling,
     beside_the_scripts,
     check_scaling,
     describe_input,
+    one_a_channel,
     print_note,
     print_summary,
     run,
@@ -84,7 +83,7 @@ def main() -> int:
                     print(f"error: {path}: {message}", file=sys.stderr)
                     outcomes.append((path, None, message))
     except WorkerError as error:
-        print(f"error: {error}{WITHOUT_KERAS}", file=sys.stderr)
+        print(f"error: {error}{WRITES_KERAS if options.checkpoints else WITHOUT_KERAS}", file=sys.stderr)
         return 1
     if len(outcomes) > 1:
         print_summary(outcomes)
@@ -127,10 +126,11 @@ def convert_file(
     )
     pytorch_input = input_normalization(file, places, *keras_input)
     rows = map_rows(places, model, verbose)
-    load_tensors(model, rows)
 
     # Prove: nothing is missing, and every layer computes what Keras's computes
-    results = prove(file, places, rows, model, keras if verify else None, keras_input, pytorch_input)
+    loaded = prove_counts(file, rows, model, keras if verify else None)
+    load_tensors(model, rows)
+    results = prove_numbers(file, places, model, keras, loaded, keras_input, pytorch_input)
 
     # Write: the state_dict, and what there is to know about it
     metadata = {
@@ -175,7 +175,7 @@ def convert_back(
     is no checkpoint, VerificationError, WorkerError, OSError; writes nothing then.
     """
     # Read: the network, what it is fed, and BatchNorm's constants
-    from models.checkpoint import read_checkpoint
+    from models.checkpoint import read_checkpoint, write_with_json
     from models.resnet8 import ResNet8
 
     try:
@@ -200,13 +200,14 @@ def convert_back(
     # Match: what Keras saved is read as any Keras file is, and every tensor is the one that it was
     file = read_keras_content(output, content, reader)
     places = match(file)
-    if rescaling:  # Keras rounds its numbers to float32
+    if rescaling:
         pytorch_input = input_normalization(file, places, *keras_input)
-    rows = map_rows(places, model, verbose)
-    compare_tensors(rows, model)
+        compare_scaling(pytorch_input, (checkpoint.mean, checkpoint.std))
+    rows = map_rows(places, model, verbose, is_loaded=True)
 
     # Prove: nothing is missing, and every layer computes what PyTorch's computes
-    results = prove(file, places, rows, model, keras if verify else None, keras_input, pytorch_input)
+    loaded = prove_counts(file, rows, model, keras if verify else None)
+    results = prove_numbers(file, places, model, keras, loaded, keras_input, pytorch_input)
 
     # Write: the Keras file, and what there is to know about it
     metadata = {
@@ -224,16 +225,10 @@ def convert_back(
             "mean": keras_input[0],
             "std": keras_input[1],
         },
-        **verified_by(results),
+        **verified_by(results, keras=file.keras_version),
         "sha256": file.sha256,
     }
-    description = json.dumps(metadata, indent=2) + "\n"
-    write_files(
-        {
-            output: lambda target: target.write(content),
-            json_of(output): lambda target: target.write(description.encode()),
-        }
-    )
+    write_with_json(output, file.content, metadata)
     print(f"  {describe_input('the Keras model', *keras_input)}")
     print(f"  wrote {output} and {json_of(output)}")
     return metadata
@@ -282,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.output:
         output = Path(arguments.output)
         is_folder = output.is_dir() or arguments.output.endswith(("/", os.sep))
-        if len(arguments.files) > 1 and output.suffix in (".pt", ".pth") and not is_folder:
+        if len(arguments.files) > 1 and output.suffix in (".pt", ".pth", *KERAS_SUFFIXES) and not is_folder:
             parser.error(f"-o {output}: several files need a folder")
         if len(arguments.files) > 1 or is_folder:
             arguments.outputs = [output / path.name for path in arguments.outputs]

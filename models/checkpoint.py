@@ -19,8 +19,7 @@ from torch import nn
 from data.files import sha256_of, write_files
 from models.paths import json_of
 from models.state_dict import load, plain_state_dict
-from models.tensors import one_a_channel
-from models.terminal import describe_input
+from models.terminal import describe_input, one_a_channel
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +76,13 @@ class Checkpoint:
     def fed(self, mean: list[float] | None, std: list[float] | None) -> Checkpoint:
         """Return it with what is given (a value, or one a channel) in the place of what the JSON says."""
         channels = self.model.conv1.in_channels
-        return replace(
-            self,
-            mean=one_a_channel("--mean", mean, channels) if mean else self.mean,
-            std=one_a_channel("--std", std, channels) if std else self.std,
-        )
+        given = {
+            name: one_a_channel(f"--{name}", values, channels)
+            for name, values in (("mean", mean), ("std", std))
+            if values
+        }
+        described = {**self.metadata.get("input", {}), **given}
+        return replace(self, **given, metadata={**self.metadata, "input": described})
 
     @property
     def origin(self) -> str | None:
@@ -158,17 +159,28 @@ def write_checkpoint(path: Path, model: nn.Module, metadata: dict) -> dict:
 
     Raises OSError; then neither file is touched.
     """
-    checkpoint = io.BytesIO()
-    torch.save(model.state_dict(), checkpoint)
-    metadata = {**metadata, "sha256": hashlib.sha256(checkpoint.getvalue()).hexdigest()}
-    content = json.dumps(metadata, indent=2) + "\n"
+    content = _saved(model)
+    metadata = {**metadata, "sha256": hashlib.sha256(content).hexdigest()}
+    write_with_json(path, content, metadata)
+    return metadata
+
+
+def write_with_json(path: Path, content: bytes, metadata: dict) -> None:
+    """Write a file, and beside it the JSON that describes it. Raises OSError; then neither is touched."""
+    description = json.dumps(metadata, indent=2) + "\n"
     write_files(
         {
-            path: lambda target: target.write(checkpoint.getvalue()),
-            path.with_suffix(".json"): lambda target: target.write(content.encode()),
+            path: lambda target: target.write(content),
+            json_of(path): lambda target: target.write(description.encode()),
         }
     )
-    return metadata
+
+
+def _saved(model: nn.Module) -> bytes:
+    """Return what `torch.save` writes of a network's state_dict."""
+    content = io.BytesIO()
+    torch.save(model.state_dict(), content)
+    return content.getvalue()
 
 
 def _is_number(value: object) -> bool:  # of a size that can be computed with; NaN is none
@@ -221,13 +233,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, like: str | Path) -> Non
     if "file" in kept.get("source", {}):  # which is relative to the JSON
         source = os.path.relpath(like.parent / kept["source"]["file"], path.parent)
         kept["source"] = {**kept["source"], "file": source}
-    description = json.dumps(kept, indent=2) + "\n"
-    write_files(
-        {
-            path: lambda target: torch.save(model.state_dict(), target),
-            json_of(path): lambda target: target.write(description.encode()),
-        }
-    )
+    write_with_json(path, _saved(model), kept)
 
 
 def written_input(keras_file: Path, sha256: str) -> dict:

@@ -9,18 +9,25 @@ from data.files import check_writable, sha256_of
 from models.errors import OutputExistsError
 
 KERAS_SUFFIXES = (".h5", ".keras")
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin")
+HDF5 = b"\x89HDF\r\n\x1a\n"  # how its files begin
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a file is PyTorch's, which its content tells, or its name when it cannot be read."""
-    with suppress(OSError):
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start == b"PK":
-            with suppress(Exception):  # whatever the damage leads to
-                return not {"config.json", "metadata.json"} & set(zipfile.ZipFile(path).namelist())
-        return start in (b"PK", b"\x80\x02") and path.suffix not in KERAS_SUFFIXES
-    return path.suffix in (".pt", ".pth", ".ckpt")
+    """Return whether a file is PyTorch's, as its content tells, or its name where the content does not."""
+    start = b""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(len(HDF5))
+    if start == HDF5:
+        return False
+    if start.startswith(b"PK"):
+        with suppress(Exception):  # whatever the damage leads to
+            names = zipfile.ZipFile(path).namelist()
+            if any(name.endswith("/data.pkl") for name in names):
+                return True
+            if {"config.json", "metadata.json"} & set(names):
+                return False
+    return path.suffix in CHECKPOINT_SUFFIXES
 
 
 def json_of(output: Path) -> Path:

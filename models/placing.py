@@ -79,7 +79,7 @@ def graph_of(
 def with_rescaling(layers: list[Layer], mean: list[float], std: list[float]) -> list[Layer]:
     """Return the layers with a Rescaling after the input, which makes (pixel - mean) / std of a pixel."""
     scale = [1 / value for value in std]
-    offset = [-value * factor for value, factor in zip(mean, scale, strict=True)]
+    offset = [0 - value * factor for value, factor in zip(mean, scale, strict=True)]  # 0, not -0
     one_for_all = len(set(zip(scale, offset, strict=True))) == 1
     config = {"scale": scale[0], "offset": offset[0]} if one_for_all else {"scale": scale, "offset": offset}
     first, second, *others = layers
@@ -116,6 +116,10 @@ def with_graph(file: KerasFile, bn_eps: float = 1e-3) -> KerasFile:
 
     norm = {"epsilon": bn_eps, "momentum": 0.99}
     layers = tuple(keras_layers(channels, width, classes, (32, 32), norm, take))
+    names = [layer.name for layer in layers]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:  # by its name goes what a layer reads
+        raise KerasFileError(f"two layers are called '{twice[0]}'")
     check_values(layers)
     assumed = (
         "weights alone, placed by shape and saved order; assumed: BatchNormalization epsilon "

@@ -27,6 +27,7 @@ Scaling = tuple[list[float], list[float]]  # (mean, std) a channel: a network is
 # measured on the activations of the MLPerf Tiny model, 7e-15 on its probabilities.
 MAX_ACTIVATION_DIFFERENCE = 1e-10  # float64
 MAX_PROBABILITY_DIFFERENCE = {"float64": 1e-12, "float32": 1e-4}
+MAX_SCALING_DIFFERENCE = 1e-6  # relative: Keras holds a Rescaling's numbers in float32
 EVERY_LAYER = 100  # images, real and random, on which every layer is compared
 BATCH_SIZE = 25  # whose activations in float64 take 50 MB on each side
 
@@ -67,6 +68,12 @@ def compare_tensors(rows: list[Row], model: ResNet8) -> None:
     for row in rows:
         if not np.array_equal(row.tensor(), state[row.key].numpy()):
             raise VerificationError(f"{row.key} is not what Keras's '{row.layer}' has as its {row.variable}")
+
+
+def compare_scaling(found: Scaling, expected: Scaling) -> None:
+    """Raise VerificationError unless a Rescaling layer does what is expected, but for float32's rounding."""
+    if not np.allclose(found, expected, rtol=MAX_SCALING_DIFFERENCE, atol=0):
+        raise VerificationError(f"the Rescaling layer's mean and std are {found}, expected {expected}")
 
 
 def compare_numbers(

@@ -15,7 +15,7 @@ from models.graph import match_graph
 from models.keras.file import KerasFile, Layer
 from models.keras.process import KerasProcess
 from models.mapping import MAPPING
-from models.proof import Scaling, compare_counts, compare_numbers, figures_of
+from models.proof import Scaling, compare_counts, compare_numbers, compare_tensors, figures_of
 from models.tensors import Row, map_tensors
 from models.terminal import print_table
 
@@ -32,33 +32,47 @@ def match(file: KerasFile) -> dict[str, Layer]:
     return places
 
 
-def map_rows(places: dict[str, Layer], model: ResNet8, verbose: bool) -> list[Row]:
-    """Return the mapping, tensor by tensor, and print that stage."""
+def map_rows(places: dict[str, Layer], model: ResNet8, verbose: bool, is_loaded: bool = False) -> list[Row]:
+    """Return the mapping, tensor by tensor, and print that stage.
+
+    A network that is loaded already must have the very tensors of the file. Raises VerificationError if not.
+    """
     with stage("shapes") as figures:
         rows = map_tensors(places, model)
-        figures.append(f"{len(rows)} tensors")
+        if is_loaded:
+            compare_tensors(rows, model)
+        figures.append(f"{len(rows)} tensors" + (", bit for bit the checkpoint's" if is_loaded else ""))
     if verbose:
         print_rows(rows)
     return rows
 
 
-def prove(
-    file: KerasFile,
-    places: dict[str, Layer],
-    rows: list[Row],
-    model: ResNet8,
-    keras: KerasProcess | None,
-    keras_input: Scaling,
-    pytorch_input: Scaling,
-) -> dict | None:
-    """Compare the network with Keras, and print these stages; return the figures, None without Keras.
+def prove_counts(file: KerasFile, rows: list[Row], model: ResNet8, keras: KerasProcess | None) -> dict | None:
+    """Compare the numbers of parameters, and print that stage; return Keras's word on the file, if it runs.
 
-    Raises VerificationError, which names the first layer that differs.
+    Raises VerificationError when they differ.
     """
     with stage("parameters") as figures:
         loaded = keras.load(file) if keras else None
         figures.append(compare_counts(rows, model, loaded))
-    if keras is None:
+    return loaded
+
+
+def prove_numbers(
+    file: KerasFile,
+    places: dict[str, Layer],
+    model: ResNet8,
+    keras: KerasProcess,
+    loaded: dict | None,
+    keras_input: Scaling,
+    pytorch_input: Scaling,
+) -> dict | None:
+    """Compare the network with the model that Keras has `loaded`, and print that stage; return the figures.
+
+    They are None when Keras has loaded none. Raises VerificationError, which names the first layer that
+    differs.
+    """
+    if loaded is None:
         print("  numbers     not verified (--no-verify)")
         return None
     with stage("numbers") as figures:
@@ -68,11 +82,14 @@ def prove(
     return results
 
 
-def verified_by(results: dict | None) -> dict:
-    """Return what both directions' JSON says of the proof: its figures, by which versions, and when."""
+def verified_by(results: dict | None, **versions: str) -> dict:
+    """Return what both directions' JSON says of the proof: its figures, by which versions, and when.
+
+    `versions` are those of libraries in other processes that have written the file.
+    """
     return {
         "verification": results,
-        "versions": {name: version(name) for name in ("torch", "numpy", "h5py")},
+        "versions": {**{name: version(name) for name in ("torch", "numpy", "h5py")}, **versions},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

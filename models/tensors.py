@@ -20,17 +20,6 @@ if TYPE_CHECKING:
 # torch is imported where it is first needed: by then Keras and the reader are starting in their processes.
 
 
-def one_a_channel(option: str, values: list[float], channels: int) -> list[float]:
-    """Return one finite value a channel; KerasFileError if there are neither one nor `channels` of them."""
-    if not np.isfinite(values).all():
-        raise KerasFileError(f"{option} is {values}, expected finite numbers")
-    if len(values) not in (1, channels):
-        raise KerasFileError(
-            f"{option} has {len(values)} values, but the model's input has {channels} channels"
-        )
-    return values * channels if len(values) == 1 else values
-
-
 def build_model(places: dict[str, Layer]) -> tuple[ResNet8, dict]:
     """Return a ResNet8 of the file's size, without memory for it, and its arguments."""
     import torch

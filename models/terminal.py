@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import shutil
 import sys
@@ -11,6 +12,8 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+from models.errors import KerasFileError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,6 +57,17 @@ def check_scaling(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     """Exit with status 2 when --mean and --std make no sense."""
     if options.std and not all(value > 0 for value in options.std):
         parser.error("--std must be above 0")
+
+
+def one_a_channel(option: str, values: list[float], channels: int) -> list[float]:
+    """Return one finite value a channel; KerasFileError if there are neither one nor `channels` of them."""
+    if not all(map(math.isfinite, values)):
+        raise KerasFileError(f"{option} is {values}, expected finite numbers")
+    if len(values) not in (1, channels):
+        raise KerasFileError(
+            f"{option} has {len(values)} values, but the model's input has {channels} channels"
+        )
+    return values * channels if len(values) == 1 else values
 
 
 def describe_input(model: str, mean: list[float], std: list[float]) -> str:

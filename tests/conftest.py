@@ -10,8 +10,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a core: more threads
     os.environ["OMP_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 
 import hashlib
+import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import h5py
@@ -34,7 +37,11 @@ ROOT = Path(__file__).parents[1]
 TOGETHER = {  # how the names of tests begin that share what is made in seconds -> what that is
     "tests/test_proof.py": "keras",
     "tests/test_recipes.py": "recipes",
+    "tests/test_back": "back",
+    "tests/test_tflite.py": "back",
     "tests/test_convert.py::test_damaged_sample": "keras",
+    "tests/test_faults.py": "keras",
+    "tests/test_formats.py::test_softmax": "keras",
     "tests/test_evaluate.py": "converted",
     "tests/evaluation/test_baseline.py": "converted",
     "tests/evaluation/test_results.py": "converted",
@@ -180,10 +187,16 @@ def refusal(reader, tmp_path):
 
 @pytest.fixture
 def old_outputs(tmp_path):
-    """Return a path where an older checkpoint and its JSON lie, and a function that sees if they still do."""
+    """Return a path where an older checkpoint and its JSON lie, and a function that sees if they still do.
+
+    By the JSON, `convert.py` wrote them, so it may replace them.
+    """
     path = tmp_path / "out" / "model.pt"
     path.parent.mkdir()
-    contents = {path: b"old checkpoint", path.with_suffix(".json"): b"old metadata"}
+    content = b"old checkpoint"
+    metadata = {"architecture": {"bn_eps": 1}, "source": {"file": "old.h5"}}
+    metadata = json.dumps({**metadata, "sha256": hashlib.sha256(content).hexdigest()})
+    contents = {path: content, path.with_suffix(".json"): metadata.encode()}
     for file, content in contents.items():
         file.write_bytes(content)
 
@@ -191,6 +204,22 @@ def old_outputs(tmp_path):
         return {file: file.read_bytes() for file in path.parent.iterdir()} == contents
 
     return path, untouched
+
+
+@pytest.fixture
+def locked(reference_files):
+    """Return a folder with a Keras file, `odd.h5`, into which nobody can write, not even the tests as root.
+
+    Until the end of the test, its process is another user's then: let this be the last of its fixtures.
+    """
+    users, root = os.getresuid(), os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(reference_files / "odd.h5", folder)
+        os.chmod(folder, 0o555)
+        os.setresuid(*((65534, 65534, 0) if root else users))
+        yield Path(folder)
+        os.setresuid(*users)
+        os.chmod(folder, 0o755)
 
 
 @pytest.fixture

@@ -2,11 +2,16 @@
 
 import json
 import re
+import resource
+import struct
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from models.keras.reader import limit_memory
 from models.resnet8 import ResNet8
 
 
@@ -59,7 +64,7 @@ def without(state, name):
 
 
 BAD = {  # what is saved, from a good state_dict -> words of the message
-    "other names": (lambda state: {f"module.{name}": value for name, value in state.items()}, "fc.weight"),
+    "other names": (lambda state: {f"net.{name}": value for name, value in state.items()}, "fc.weight"),
     "no conv1": (lambda state: without(state, "conv1.weight"), "conv1.weight"),
     "no statistics": (lambda state: without(state, "layer2.bn1.running_var"), "layer2.bn1.running_var"),
     "one more": (lambda state: {**state, "layer4.conv1.weight": torch.zeros(1)}, "layer4.conv1.weight"),
@@ -81,6 +86,59 @@ def test_from_checkpoint_refuses_in_one_line(checkpoint, name):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         ResNet8.from_checkpoint(path)
     assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value).splitlines()) == 1
+
+
+def test_from_checkpoint_refuses_an_empty_file(checkpoint):
+    path, _, _ = checkpoint
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is empty"):
+        ResNet8.from_checkpoint(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory as Linux does")
+@pytest.mark.parametrize("width", [1, 3_000_000])
+def test_from_checkpoint_refuses_compressed_records_before_unpacking(checkpoint, width):
+    """torch.save writes none, and torch would unpack one to any size: here 0.3 MB to 324 MB."""
+    path, model, _ = checkpoint
+    torch.save({**model.state_dict(), "conv1.bias": torch.zeros(width * 27)}, path)
+    packed = path.with_name("packed.pt")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    limit_memory(200 * 2**20)
+    try:
+        with pytest.raises(ValueError) as caught:
+            ResNet8.from_checkpoint(packed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert str(caught.value) == f"{packed}: holds compressed records; torch.save writes none"
+
+
+def test_from_checkpoint_refuses_records_larger_than_the_file(checkpoint):
+    """By the archive's own table, which says what would be read."""
+    path, _, _ = checkpoint
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    at = content.index(largest.filename.encode(), archive.start_dir) - 46  # of its row in the table
+    assert content[at : at + 4] == b"PK\x01\x02"
+    content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)  # both sizes
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="larger than the file"):
+        ResNet8.from_checkpoint(path)
+
+
+def test_from_checkpoint_tells_other_archives_of_torch(checkpoint):
+    """As what they are, with what to do: they are not damaged."""
+    path, _, _ = checkpoint
+    inputs = torch.zeros(1, 1)
+    torch.jit.save(torch.jit.trace(nn.Linear(1, 1), inputs), path)
+    with pytest.raises(ValueError, match=r"a TorchScript archive.*torch\.jit\.load\(\.\.\.\)\.state_dict"):
+        ResNet8.from_checkpoint(path)
+    torch.export.save(torch.export.export(nn.Linear(1, 1), (inputs,)), path)
+    with pytest.raises(ValueError, match=r"a torch\.export archive.*torch\.export\.load"):
+        ResNet8.from_checkpoint(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"\x89HDF\r\n\x1a\n", b"no checkpoint"])

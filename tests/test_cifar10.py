@@ -270,6 +270,21 @@ class LeavesAMark:
         return os.mkdir, (str(self.mark),)
 
 
+def test_the_official_folder_itself_can_be_named(tmp_path, tiny, monkeypatch):
+    """As well as the folder that it lies in; also as the current folder; in both versions."""
+    from torchvision.datasets import CIFAR10
+
+    for attribute, value in write_python_version(tmp_path / "py", tiny).items():
+        monkeypatch.setattr(CIFAR10, attribute, value)
+    write_binary_version(tmp_path / "bin", tiny)
+    for version in ("py", "bin"):
+        folder = tmp_path / version / f"cifar-10-batches-{version}"
+        monkeypatch.chdir(folder)
+        for named in (folder, Path(".")):
+            assert load_test(named, "full").name == "CIFAR-10 test set"
+            assert to_records(*load_train(named)) == training_records(tiny)
+
+
 def test_python_version_with_a_wrong_md5_is_refused_before_unpickling(tmp_path):
     mark = tmp_path / "mark"
     hostile = pickle.dumps(LeavesAMark(mark))

@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-from contextlib import nullcontext
+import time
+import uuid
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import h5py
@@ -19,10 +20,11 @@ import torch
 
 import convert
 from data.cifar10 import DataError
-from models import checkpoint, proof
+from models import checkpoint, proof, terminal
 from models.proof import count_parameters
 from models.resnet8 import ResNet8
 from tests.conftest import ROOT
+from tests.faults import files_in
 
 
 def run(*arguments, cwd=ROOT, env=None):
@@ -205,14 +207,25 @@ def test_keras_python_that_cannot_run(model_file, tmp_path, command, python):
     assert not (tmp_path / "some.model.pt").exists()
 
 
-def test_defaults(reference_files, tmp_path, command, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("called_from", ["the repository", "elsewhere"])
+def test_defaults(reference_files, tmp_path, command, monkeypatch, called_from):
+    """They lie beside the script, wherever it is called from."""
+    scripts, elsewhere = tmp_path / "the repository", tmp_path / "elsewhere"
+    for folder in (scripts / "checkpoints", elsewhere / "checkpoints"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(terminal, "ROOT", scripts)
+    monkeypatch.chdir(tmp_path / called_from)
+    (elsewhere / "checkpoints" / "resnet8_keras.h5").write_bytes(b"another")
     status, _, errors = command("--no-verify")
     assert status == 1
     assert len(errors) == 1 and "checkpoints/resnet8_keras.h5" in errors[0] and "No such file" in errors[0]
-    Path("checkpoints").mkdir()
-    shutil.copy(reference_files / "resnet8.h5", "checkpoints/resnet8_keras.h5")
-    assert command("--no-verify")[0] == 0
+    shutil.copy(reference_files / "resnet8.h5", scripts / "checkpoints" / "resnet8_keras.h5")
+    status, out, _ = command("--no-verify")
+    assert status == 0
+    shown = Path("checkpoints/resnet8.pt")
+    assert f"  wrote {shown if called_from == 'the repository' else scripts / shown} and " in out
+    assert [path.name for path in elsewhere.rglob("*") if path.is_file()] == ["resnet8_keras.h5"]
+    monkeypatch.chdir(scripts)
     metadata = json.loads(Path("checkpoints/resnet8.json").read_text())
     assert metadata["source"]["file"] == "resnet8_keras.h5"
     assert metadata["input"] == {
@@ -236,6 +249,152 @@ def test_output_into_a_folder(model_file, tmp_path, command):
     ]
     metadata = json.loads((tmp_path / "results" / "some.model.json").read_text())
     assert metadata["source"]["file"] == "../some.model.h5"
+
+
+def test_trailing_slash_means_a_folder(model_file, tmp_path, command):
+    assert command(model_file, "--no-verify", "-o", f"{tmp_path}/new folder/")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "new folder").iterdir())
+    assert names == ["some.model.json", "some.model.pt"]
+
+
+# It replaces what it wrote itself, and nothing else
+
+
+def fine_tune(output):
+    state = torch.load(output, weights_only=True)
+    state["fc.bias"] += 1
+    torch.save(state, output)
+
+
+LOST = {  # what happens to what an earlier conversion wrote -> which file the error names
+    "fine-tuned": (fine_tune, "out.pt"),
+    "a text file": (lambda output: output.write_text("notes"), "out.pt"),
+    "no JSON": (lambda output: output.with_suffix(".json").unlink(), "out.pt"),
+    "a JSON list": (lambda output: output.with_suffix(".json").write_text("[1, 2]"), "out.json"),
+    "a user's JSON": (lambda output: output.with_suffix(".json").write_text('{"epochs": 3}'), "out.json"),
+    "no JSON at all": (lambda output: output.with_suffix(".json").write_bytes(b"\xff{"), "out.json"),
+    "a deep JSON": (lambda output: output.with_suffix(".json").write_text("[" * 100_000), "out.json"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_replaces_nothing_that_it_did_not_write(model_file, reference_files, tmp_path, command, what):
+    output = tmp_path / "out.pt"
+    assert command(model_file, "--no-verify", "-o", output)[0] == 0
+    change, named = LOST[what]
+    change(output)
+    before = files_in(tmp_path)
+    status, out, errors = command(reference_files / "resnet8.h5", "--no-verify", "-o", output)
+    assert (status, out, len(errors)) == (1, "", 1)
+    assert f"{tmp_path / named} is not " in errors[0] and "--force" in errors[0]
+    assert files_in(tmp_path) == before
+    assert command(reference_files / "resnet8.h5", "--no-verify", "-o", output, "--force")[0] == 0
+    assert ResNet8.from_checkpoint(output).fc.out_features == 10
+
+
+def test_replaces_what_it_wrote_without_a_word(model_file, reference_files, tmp_path, command):
+    output = tmp_path / "out.pt"
+    for source, classes in ((model_file, 7), (reference_files / "resnet8.h5", 10), (model_file, 7)):
+        status, _, errors = command(source, "--no-verify", "-o", output)
+        assert (status, errors) == (0, [])
+        assert ResNet8.from_checkpoint(output).fc.out_features == classes
+    output.unlink()  # its JSON alone is its own too
+    assert command(model_file, "--no-verify", "-o", output)[0] == 0
+
+
+def test_back_replaces_nothing_that_it_did_not_write(model_file, tmp_path, command):
+    """The other way, where the JSON is called model.h5.json; Keras is not asked before that is seen."""
+    python = python_that(tmp_path, options="-S")
+    assert command(model_file, "--no-verify", "-o", tmp_path / "net.pt")[0] == 0
+    for name in ("net.h5", "net.h5.json"):
+        (tmp_path / name).write_text("a user's")
+        before = files_in(tmp_path)
+        status, out, errors = command(tmp_path / "net.pt", "--keras-python", python)
+        assert (status, out, len(errors)) == (1, "", 1)
+        assert f"{tmp_path / name} is not " in errors[0] and "--force" in errors[0]
+        assert files_in(tmp_path) == before
+        (tmp_path / name).unlink()
+
+
+def test_make_clean_removes_what_make_makes(tmp_path):
+    """And no checkpoint of the user's own."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    made = ["resnet8.pt", "resnet8.json", "resnet8.keras.npz", "resnet8.keras-sample.npz"]
+    own = ["mine.pt", "mine.json", "resnet8_ft.pt", "resnet8_keras.h5", "resnet8.pt.old", "answers.npz"]
+    (tmp_path / "checkpoints").mkdir()
+    for name in made + own:
+        (tmp_path / "checkpoints" / name).touch()
+    subprocess.run(["make", "-s", "clean"], cwd=tmp_path, check=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(own)
+
+
+# Where its output goes, and Ctrl-C
+
+
+@pytest.mark.parametrize("stdout", ["| head -1", "> /dev/full", ">&-"])
+def test_work_outlives_the_printing(model_file, tmp_path, stdout):
+    """A reader that goes away, a full disk under stdout, and no stdout at all."""
+    if "full" in stdout and not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    command = f'set -o pipefail; "$0" -u "$1" "$2" --no-verify {stdout}'
+    program = ["bash", "-c", command, sys.executable, ROOT / "convert.py", model_file]
+    result = subprocess.run(program, capture_output=True, text=True)
+    full = "full" in stdout
+    assert result.stderr == ("error: cannot write to stdout: No space left on device\n" if full else "")
+    assert (result.returncode, len(result.stdout.splitlines())) == (int(full), int("head" in stdout))
+    assert (tmp_path / "some.model.json").exists()
+    ResNet8.from_checkpoint(tmp_path / "some.model.pt")
+
+
+def left_behind(mark):
+    """Return the processes that have `mark` in their environment, once they have had the time to end."""
+    for _ in range(100):
+        found = []
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it has just ended, or is another user's
+                if mark.encode() in environment.read_bytes():
+                    found.append(environment.parent.name)
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
+
+
+MOMENTS = {  # when -> (the beginning of the line of stdout that is waited for, seconds after it)
+    "while it starts": (None, 0),
+    "while torch is imported": ("  layers", 0.2),
+    "while Keras computes": ("  parameters", 0.5),
+}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_interrupted(model_file, old_outputs, moment):
+    """SIGINT, to the command alone as `kill -INT` sends it, and to all of its group, as a terminal does."""
+    output, untouched = old_outputs
+    line, seconds = MOMENTS[moment]
+    for to_group in (False, True):
+        mark = f"INTERRUPTED={uuid.uuid4()}"
+        process = subprocess.Popen(
+            [sys.executable, "-u", ROOT / "convert.py", model_file, "-o", output],
+            env={**os.environ, **dict([mark.split("=")])},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if line is None:  # until its first worker is there, the options are certainly read
+            while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+                time.sleep(0.01)
+        while line and not process.stdout.readline().startswith(line):
+            assert process.poll() is None
+        time.sleep(seconds)
+        (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (130, "interrupted\n")
+        assert untouched()
+        assert left_behind(mark) == []
 
 
 def test_several_files_one_failing(reference_files, tmp_path, command):
@@ -268,8 +427,8 @@ def test_usage_errors(model_file, tmp_path, command):
         (model_file, model_file): "written to",
         (model_file, tmp_path / "some.model.keras"): "written to",
         (model_file, twin, "-o", tmp_path / "one.pt"): "folder",
-        (model_file, "-o", model_file): "over a Keras file",
-        (model_file, "-o", tmp_path / "twin" / ".." / "some.model.h5"): "over a Keras file",
+        (model_file, "-o", model_file): "a Keras file's",
+        (model_file, "-o", tmp_path / "twin" / ".." / "some.model.h5"): "a Keras file's",
         (json_source,): "over a Keras file",
         (model_file, "-o", tmp_path / "some.json"): ".json",
         (model_file, "--mean", "red"): "--mean",
@@ -303,6 +462,14 @@ def test_wrong_scaling(model_file, tmp_path, command, arguments, words):
     assert not (tmp_path / "some.model.pt").exists()
 
 
+def test_file_that_is_called_as_the_message_begins(keras_files, tmp_path, command, monkeypatch):
+    shutil.copy(keras_files / "keras" / "refused" / "relu6.h5", tmp_path / "layer")
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = command("layer", "--no-verify")
+    assert status == 1 and len(errors) == 1
+    assert errors[0].startswith("error: layer: layer 'odd' (ReLU): max_value is 6")
+
+
 def test_file_that_is_none(tmp_path, command):
     for path, words in ((tmp_path / "missing.h5", "No such file"), (tmp_path, "Is a directory")):
         status, _, errors = command(path, "--no-verify", "-o", tmp_path / "out.pt")
@@ -315,25 +482,33 @@ def test_file_that_is_none(tmp_path, command):
 def test_output_that_cannot_be_written(model_file, tmp_path, command):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "folder" / "some.model.pt").mkdir(parents=True)
-    places = {tmp_path / "file" / "out.pt": None, tmp_path / "folder": tmp_path / "folder" / "some.model.pt"}
-    if os.geteuid() != 0:  # root may write anywhere
-        (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
-        places[tmp_path / "locked" / "out.pt"] = None
+    places = {
+        tmp_path / "file" / "out.pt": None,
+        tmp_path / "file" / "new" / "out.pt": None,
+        tmp_path / "folder": tmp_path / "folder" / "some.model.pt",
+    }
     for place, output in places.items():
         before = sorted(tmp_path.rglob("*"))
-        status, _, errors = command(model_file, "--no-verify", "-o", place)
-        assert status == 1
+        status, out, errors = command(model_file, "--no-verify", "-o", place)
+        assert (status, out) == (1, "")  # nothing has been read yet
         assert len(errors) == 1
         assert errors[0].startswith(f"error: {model_file}: cannot write {output or place} ")
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_into_a_locked_folder(command, monkeypatch, locked):
+    monkeypatch.chdir(locked)
+    status, out, errors = command("odd.h5", "--no-verify")
+    assert (status, out) == (1, "")
+    assert errors == ["error: odd.h5: cannot write odd.pt and its .json: Permission denied"]
 
 
 def test_folder_in_the_place_of_the_json(model_file, old_outputs, command):
     output, _ = old_outputs
     output.with_suffix(".json").unlink()
     output.with_suffix(".json").mkdir()
-    status, _, errors = command(model_file, "--no-verify", "-o", output)
-    assert (status, len(errors)) == (1, 1)
+    status, out, errors = command(model_file, "--no-verify", "-o", output)
+    assert (status, out, len(errors)) == (1, "", 1)
     assert output.read_bytes() == b"old checkpoint"
 
 
@@ -367,22 +542,3 @@ def test_full_disk_leaves_the_old_files(model_file, old_outputs, command, monkey
     assert status == 1
     assert len(errors) == 1 and "No space left on device" in errors[0]
     assert untouched()
-
-
-def test_killed_while_writing_leaves_the_old_files(model_file, old_outputs):
-    output, _ = old_outputs
-    code = (
-        "import os, signal, sys, convert\n"
-        "from models import checkpoint\n"
-        "write_files = checkpoint.write_files\n"
-        "def killed(writers):\n"
-        "    def kill(target): target.write(b'{'); target.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    write_files({p: kill if p.suffix == '.json' else write for p, write in writers.items()})\n"
-        "checkpoint.write_files = killed\n"
-        f"sys.argv = ['convert.py', {str(model_file)!r}, '--no-verify', '-o', {str(output)!r}]\n"
-        "convert.main()"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert output.read_bytes() == b"old checkpoint"
-    assert output.with_suffix(".json").read_bytes() == b"old metadata"

@@ -1,6 +1,8 @@
 """data/files.py: a file is written whole or not at all."""
 
+import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from data.files import write_atomically, write_files
+from data.files import check_writable, write_atomically, write_files
+from tests.faults import at_every_step, check_whole, files_in, full_from, write_two
 
 ROOT = Path(__file__).resolve().parent.parent
+NEW = {"one": b"new one " * 3, "two": b"new two " * 3}  # as `write_two` writes them
 
 
 @pytest.fixture
@@ -119,11 +123,139 @@ def test_file_in_the_place_of_a_folder(old):
     assert untouched()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_folder_without_permission(old):
-    (one, _), untouched = old
-    one.parent.chmod(0o555)
+def test_folder_without_permission(locked):
+    content = (locked / "odd.h5").read_bytes()
     with pytest.raises(PermissionError):
-        write_atomically(one, lambda target: target.write(b"content"))
-    one.parent.chmod(0o755)
-    assert untouched()
+        write_atomically(locked / "odd.h5", lambda target: target.write(b"content"))
+    assert (locked / "odd.h5").read_bytes() == content
+
+
+# Before the work
+
+
+def test_what_cannot_be_written_is_found_before_and_nothing_is_made(old):
+    (one, two), _ = old
+    two.unlink()
+    two.mkdir()
+    assert check_writable([one, one.parent / "new" / "folder" / "file"]) is None
+    for path, error, in_the_way in (
+        (two, IsADirectoryError, two),
+        (one / "file", NotADirectoryError, one),
+        (one / "new" / "folder" / "file", NotADirectoryError, one),
+    ):
+        with pytest.raises(error) as caught:
+            check_writable([one.parent / "good", path])
+        assert caught.value.filename == str(in_the_way)
+    assert sorted(one.parent.iterdir()) == [one, two]
+
+
+def test_locked_folder_is_found_before(locked):
+    for path in (locked / "odd.h5", locked / "new" / "file"):
+        with pytest.raises(PermissionError) as caught:
+            check_writable([path])
+        assert caught.value.filename == str(locked)
+
+
+# On the disk, and what a process that was killed has left
+
+
+def test_content_is_on_the_disk_before_it_is_in_place(old, monkeypatch):
+    """A rename may reach the disk before the content that was not synced: an empty file after a crash."""
+    (one, two), _ = old
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("sync", path, os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        events.append(("replace", Path(source), Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_files({one: lambda target: target.write(b"1"), two: lambda target: target.write(b"22")})
+    (_, first, size), (_, second, second_size), *replaced, (kind, folder, _) = events
+    assert (size, second_size) == (1, 2)
+    assert replaced == [("replace", first, one), ("replace", second, two)]
+    assert (kind, folder) == ("sync", one.parent)  # the names
+
+
+def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = tmp_path / "file"
+    leftovers = [tmp_path / f".{path.name}.{pid}.tmp" for pid in (dead.pid, os.getppid(), 10**30)]
+    others = [
+        tmp_path / f".other.{dead.pid}.tmp",
+        tmp_path / f".file.{dead.pid}.tmp.old",
+        tmp_path / ".file.tmp",
+    ]
+    for file in leftovers + others:
+        file.write_bytes(b"half of")
+    write_atomically(path, lambda target: target.write(b"content"))
+    assert sorted(tmp_path.iterdir()) == sorted([path, *leftovers[1:], *others])
+
+
+# A fault at every step
+
+
+def test_killed_before_every_step_leaves_each_file_whole(tmp_path):
+    """By SIGKILL before the first step, the second, ... until the process gets through."""
+    statuses, found = [], []
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        old = {"one": b"old one", "two": b"old two"}
+        for name, content in old.items():
+            (folder / name).write_bytes(content)
+        run = subprocess.run([sys.executable, "-m", "tests.faults", str(step), folder], cwd=ROOT, check=False)
+        statuses.append(run.returncode)
+        found.append(files_in(folder))
+        check_whole(found[-1], old, NEW)
+        write_two(folder)  # what is left is not in the way, and removed
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == NEW
+        if run.returncode == 0:
+            break
+    assert statuses == [-signal.SIGKILL] * (len(statuses) - 1) + [0]
+    assert len(statuses) > 2 * (len(["open", "write", "write", "write", "fsync", "replace"]))
+    assert found[0] == old and found[-1] == NEW
+    assert any(old != each != NEW for each in found)  # between the two renames, where each of them is whole
+
+
+def test_disk_that_is_full_at_any_step_leaves_each_file_whole(old):
+    (one, two), _ = old
+    folder, before = one.parent, files_in(one.parent)
+    for step in itertools.count():
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+        try:
+            with at_every_step(folder, full_from(step)):
+                write_two(folder)
+        except OSError as error:
+            assert error.errno == 28 and error.filename in (str(one), str(two))  # not the temporary file
+            failed = True
+        else:
+            failed = False
+        check_whole(files_in(folder), before, NEW)
+        assert sorted(folder.iterdir()) == [one, two]  # nothing half is left
+        if not failed:
+            break
+    assert step > 10 and files_in(folder) == NEW
+
+
+@pytest.mark.parametrize("limit", [0, 1, 8, 23, 24])
+def test_file_size_limit_leaves_each_file_whole(old, limit):
+    (one, _), untouched = old
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # Python ignores SIGXFSZ: it is an error
+    try:
+        write_two(one.parent)
+    except OSError as error:
+        assert limit < 24 and error.filename == str(one)
+    else:
+        assert limit == 24
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert untouched() if limit < 24 else files_in(one.parent) == NEW

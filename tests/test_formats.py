@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from convert import convert_file
+from models.keras.file import read_keras_file
 from models.resnet8 import ResNet8
 from tests.conftest import ROOT
 from tests.keras_files.networks import CLASSES, SHAPE, VARIANTS, WIDTH, WRITERS
@@ -52,6 +53,16 @@ def test_computes_what_keras_computes(keras_files, expected, reader, tmp_path, w
     keras = log_probabilities(expected[writer][f"{name}:outputs"])
     assert keras.min() > -30 and keras.max() < -1e-6  # a saturated softmax would hide differences
     assert (logits.log_softmax(dim=1) - keras).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_softmax_followed_by_identities_gives_probabilities(keras_files, reader, keras, tmp_path, writer):
+    """What Keras returns is compared as what it is: as logits it would have another softmax taken of it."""
+    path = keras_files / writer / "softmax_then_identities.h5"
+    assert read_keras_file(path, reader).returns_probabilities
+    metadata = convert_file(path, tmp_path / "model.pt", reader, keras)
+    assert metadata["verification"]["float64"]["probabilities"] <= 1e-12
+    assert not read_keras_file(keras_files / writer / "logits.h5", reader).returns_probabilities
 
 
 def test_images_discriminate(expected):

@@ -248,6 +248,39 @@ def test_refuses_channels_first(keras_files, refusal, tmp_path):
     )
 
 
+# The configuration of a model in a model
+
+
+def test_layer_called_as_another_inside_a_model_is_refused(edited, refusal):
+    """The tanh `odd` in the model `m` would give way to a layer beside `m` that is called m/odd."""
+
+    def change(config):
+        return json.loads(json.dumps(config).replace('"drop"', '"m/odd"'))
+
+    message = refusal(edited(edit_config(change), "refused/nested_tanh.h5"))
+    assert message == "layer 'm/odd' is there twice: by its name, and in a model by its path"
+
+
+def test_input_that_is_no_input_layer_is_refused(edited, refusal):
+    """Keras would cut off what stands before it."""
+
+    def change(config):
+        config["config"]["input_layers"] = ["re_lu", 0, 0]
+
+    assert re.fullmatch(r"layer 're_lu' \(ReLU\) is an input, expected an InputLayer",
+                        refusal(edited(edit_config(change))))  # fmt: skip
+
+
+def test_layer_with_two_names_is_refused(edited, refusal):
+    """The graph would go by one of them, and the tensors by the other."""
+
+    def change(config):
+        first, second = [entry for entry in config["config"]["layers"] if entry["class_name"] == "ReLU"][:2]
+        first["config"]["name"], second["config"]["name"] = "re_lu_1", "re_lu"
+
+    assert refusal(edited(edit_config(change))) == "layer 're_lu' is also called 're_lu_1'"
+
+
 @pytest.mark.parametrize("epsilon", [-1.0, float("nan"), "0.001", None, True, 10**400, [0.001]])
 def test_epsilon_that_is_none_is_refused(edited, refusal, epsilon):
     def change(config):

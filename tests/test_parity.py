@@ -11,32 +11,42 @@ from models.graph import GRAPH
 from tests.keras_files.references import BATCH, MODELS
 
 
-def keras_tensor(reference, prefix, row):
+def keras_tensor(computed, prefix, row):
     """Return a Keras gradient or statistic in PyTorch's layout, by the same transform as its variable."""
-    return reference[f"{prefix}:{row.layer}/{row.variable}"].transpose(row.axes)
+    return computed[f"{prefix}:{row.layer}/{row.variable}"].transpose(row.axes)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_keras(reference, network, name, mode):
     """Fine-tuning starts where Keras stopped: outputs, loss, and the gradient of every weight."""
-    model, rows = network(name)
+    assert_loss_and_gradients_are_keras(of_model(reference, name), *network(name), mode)
+
+
+def of_model(reference, name):
+    """Return what Keras computed with one of MODELS."""
+    return {key.removeprefix(f"{name}:"): value for key, value in reference.items() if key.startswith(name)}
+
+
+def assert_loss_and_gradients_are_keras(computed, model, rows, mode):
+    """See that a network in float64 gives the outputs, loss and gradients that Keras has `computed`."""
     model.train(mode == "train")
-    images = torch.from_numpy(reference[f"{name}:images"]).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(reference[f"{name}:labels"])
+    model.zero_grad()
+    images = torch.from_numpy(computed["images"]).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(computed["labels"])
     logits = model(images)
     loss = nn.functional.cross_entropy(logits, labels)
     loss.backward()
 
     probabilities = logits.softmax(dim=1).detach().numpy()
-    assert np.abs(probabilities - reference[f"{name}:{mode}:probabilities"]).max() <= 1e-12
-    assert abs(loss.item() - reference[f"{name}:{mode}:loss"]) <= 1e-12
+    assert np.abs(probabilities - computed[f"{mode}:probabilities"]).max() <= 1e-12
+    assert abs(loss.item() - computed[f"{mode}:loss"]) <= 1e-12
     trained = [row for row in rows if not row.variable.startswith("moving_")]
     assert len(trained) == len(list(model.parameters())) == 34
     largest = {}
     for row in trained:
         ours = model.get_parameter(row.key).grad.numpy()
-        theirs = keras_tensor(reference, f"{name}:{mode}:gradient", row)
+        theirs = keras_tensor(computed, f"{mode}:gradient", row)
         assert ours.shape == theirs.shape
         assert np.abs(ours - theirs).max() <= 1e-9, row.key
         largest[row.key] = np.abs(theirs).max()

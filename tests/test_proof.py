@@ -10,7 +10,7 @@ from torch import nn
 
 import convert
 from convert import convert_file
-from models import proof, resnet8
+from models import proof, resnet8, stages
 from models.errors import VerificationError
 from models.graph import GRAPH, match_graph
 from models.keras.file import read_keras_file
@@ -37,7 +37,7 @@ def change_rows(change):
             change(rows)
             return list(rows.values())
 
-        patch.setattr(convert, "map_tensors", mistaken)
+        patch.setattr(stages, "map_tensors", mistaken)
 
     return apply
 
@@ -192,23 +192,57 @@ def test_verification_counts_parameters(reference_files, reader, keras, old_outp
 
 
 def test_verification_passes_and_compares_every_layer(reference_files, reader, keras, tmp_path, monkeypatch):
-    compared = set()
-    activations = proof.layer_activations
+    held = []  # (dtype, place)
+    check = proof.check
 
-    class Watched(dict):
-        def __getitem__(self, place):
-            compared.add(place)
-            return super().__getitem__(place)
+    def watched(where, difference, dtype, bound):
+        held.append((dtype, where.split(" ")[0]))
+        return check(where, difference, dtype, bound)
 
-    monkeypatch.setattr(proof, "layer_activations", lambda model, images: Watched(activations(model, images)))
+    monkeypatch.setattr(proof, "check", watched)
     metadata = convert_file(reference_files / "odd.h5", tmp_path / "model.pt", reader, keras, **INPUT)
-    assert compared == set(GRAPH) - {"fc"}  # Keras's fc has been through the softmax: the probabilities
+    # Keras's fc has been through the softmax: the probabilities
+    layers = {("float64", place) for place in set(GRAPH) - {"fc"}}
+    assert set(held) == layers | {("float64", "probabilities"), ("float32", "probabilities")}
+    assert held[: len(GRAPH)] == [("float64", place) for place in GRAPH if place != "fc"] + [
+        ("float64", "probabilities")
+    ]
     results = metadata["verification"]
+    assert results["layers"] == len(GRAPH) - 1
     assert results["rebuilt"] is None
     assert 0 < results["float64"]["activations"] <= 1e-10
     assert 0 < results["float64"]["probabilities"] <= 1e-12
     assert 1e-9 < results["float32"]["probabilities"] <= 1e-4
     assert ResNet8.from_checkpoint(tmp_path / "model.pt").bn1.running_mean.dtype == torch.float32
+
+
+def test_verification_takes_real_and_random_images(reference_files, reader, keras, tmp_path, monkeypatch):
+    """Every layer on 100 of each in both arithmetics, the float32 probabilities on all others too."""
+    asked = {}
+
+    def count(name):
+        ask = getattr(keras, name)
+
+        def counted(images, mean, std, dtype):
+            asked.setdefault((name, dtype), []).append(images)
+            return ask(images, mean, std, dtype)
+
+        monkeypatch.setattr(keras, name, counted)
+
+    count("activations")
+    count("predict")
+    convert_file(reference_files / "odd.h5", tmp_path / "model.pt", reader, keras, **INPUT)
+    real, random = proof.probe_images([21, 30, 4]).values()
+    assert real.shape == (1000, 4, 21, 30) and random.shape == (100, 4, 21, 30)
+    on_layers = np.concatenate([real[:100], random])
+    expected = {
+        ("activations", "float64"): on_layers,
+        ("activations", "float32"): on_layers,
+        ("predict", "float32"): real[100:],
+    }
+    assert set(asked) == set(expected)
+    for key, images in expected.items():
+        assert np.array_equal(np.concatenate(asked[key]), images), key
 
 
 def test_float32_has_its_bound(reference_files, reader, keras, old_outputs, monkeypatch):

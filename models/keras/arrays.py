@@ -131,10 +131,14 @@ def listed_groups(weights: h5py.Group) -> Iterable[tuple[str, dict[str, np.ndarr
     for layer in long_attribute(weights, "layer_names"):
         tensors = {key: read_array(dataset) for key, dataset in group_tensors(weights, layer).items()}
         check_saved_order(layer, tensors)
+        own: dict[str, dict[str, np.ndarray]] = {}
         for key, array in tensors.items():
             owner, variable = ("/" + key).rsplit("/", 1)
-            group = groups.setdefault(f"{layer}{owner}" if owner.strip("/") != layer else layer, {})
-            group[variable.split(":")[0]] = array
+            name, variable = f"{layer}{owner}" if owner.strip("/") != layer else layer, variable.split(":")[0]
+            if name in groups or variable in own.setdefault(name, {}):
+                raise KerasFileError(f"layer '{name}' is there twice, or has two tensors called {variable}")
+            own[name][variable] = array
+        groups |= own
     return groups.items()
 
 

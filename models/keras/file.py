@@ -95,7 +95,7 @@ class KerasFile:
         ]
         stored = {str(array.dtype) for array in arrays} - {"float32"}
         policies = set()
-        for layer in self.layers:
+        for layer in self.layers[1:]:  # an input's dtype is no policy: pixels may be uint8
             policy = layer.config.get("dtype", "float32")
             if isinstance(policy, dict) and isinstance(policy.get("config"), dict):  # as Keras 3 writes it
                 policy = policy["config"].get("name")

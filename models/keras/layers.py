@@ -59,7 +59,6 @@ def inline_sequential(config: dict, prefix: str, source: str | None, layers: dic
     if source is None and entries[0]["class_name"] != "InputLayer":  # Keras may leave it out
         shape = config.get("build_input_shape") or entries[0]["config"].get("batch_input_shape")
         entries = [{"class_name": "InputLayer", "config": {"name": "input", "batch_shape": shape}}, *entries]
-    own: dict[str, Layer] = {}
     previous = source
     for name, class_name, entry in named_entries(entries):
         path = f"{prefix}{name}"
@@ -69,19 +68,21 @@ def inline_sequential(config: dict, prefix: str, source: str | None, layers: dic
         if is_model(entry):
             previous = inline_nested(entry, f"{path}/", inputs[0], layers)
         else:
-            own[path] = Layer(path, class_name, entry["config"], tuple(inputs))
+            add_layer(Layer(path, class_name, entry["config"], tuple(inputs)), layers)
             previous = path
-    layers.update(own)
     return previous
 
 
 def inline_functional(config: dict, prefix: str, source: str | None, layers: dict[str, Layer]) -> str:
     """Do what `inline_nested` does, for a model whose layers say by name which ones they read."""
+    first = single_end(config, "input", prefix)
     outputs: dict[str, str] = {}  # name in this model -> path of the layer that gives its output
     own: list[tuple[str, dict, list[str]]] = []  # path, entry, names of the layers that it reads
     for name, class_name, entry in named_entries(config["layers"]):
         inputs = node_inputs(entry, name)
-        if class_name == "InputLayer" and source is not None:
+        if name == first and class_name != "InputLayer":
+            raise KerasFileError(f"layer '{prefix}{name}' ({class_name}) is an input, expected an InputLayer")
+        if name == first and source is not None:
             outputs[name] = source
         else:
             outputs[name] = f"{prefix}{name}"
@@ -94,18 +95,28 @@ def inline_functional(config: dict, prefix: str, source: str | None, layers: dic
 
     for path, entry, inputs in own:  # in the file's order, in which a model follows its inputs
         if is_model(entry):
+            if len(inputs) != 1:
+                raise KerasFileError(f"model '{path}' has {len(inputs)} inputs; a ResNet8 has one")
             output = inline_nested(entry, f"{path}/", resolve(inputs[0]), layers)
             outputs[as_string(entry["config"]["name"])] = output
     for path, entry, inputs in own:  # now that every nested model's output is known
         if not is_model(entry):
-            layers[path] = Layer(path, entry["class_name"], entry["config"], tuple(map(resolve, inputs)))
-    return resolve(single_output(config))
+            reads = tuple(map(resolve, inputs))
+            add_layer(Layer(path, entry["class_name"], entry["config"], reads), layers)
+    return resolve(single_end(config, "output", prefix))
+
+
+def add_layer(layer: Layer, layers: dict[str, Layer]) -> None:
+    """Put a layer into `layers`, by its path; a layer called `m/x` may not stand beside a model m's x."""
+    if layer.name in layers:
+        raise KerasFileError(f"layer '{layer.name}' is there twice: by its name, and in a model by its path")
+    layers[layer.name] = layer
 
 
 def named_entries(entries: list) -> Iterator[tuple[str, str, dict]]:
     """Yield the name, class name and entry of every layer in a model's configuration.
 
-    Raises KerasFileError for a name that is there twice or cannot be one.
+    Raises KerasFileError for a name that is there twice, cannot be one, or is not the only one of its layer.
     """
     names = set()
     for entry in entries:
@@ -113,6 +124,8 @@ def named_entries(entries: list) -> Iterator[tuple[str, str, dict]]:
         name, class_name = as_string(entry.get("name") or config["name"]), as_string(entry["class_name"])
         if name in names or ":" in name or not name.isprintable():
             raise KerasFileError(f"layer '{name}' is there twice, or its name has a colon or control codes")
+        if name != as_string(config["name"]):  # the graph would go by one, the tensors by the other
+            raise KerasFileError(f"layer '{name}' is also called '{as_string(config['name'])}'")
         names.add(name)
         yield name, class_name, entry
 
@@ -122,13 +135,15 @@ def is_model(entry: dict) -> bool:
     return "layers" in entry["config"]
 
 
-def single_output(config: dict) -> str:
-    """Return the name of a Functional model's only output layer."""
-    outputs = config["output_layers"]
-    outputs = outputs if isinstance(outputs[0], list) else [outputs]
-    if len(outputs) != 1:
-        raise KerasFileError(f"has {len(outputs)} outputs; a ResNet8 has one")
-    return as_string(outputs[0][0])
+def single_end(config: dict, end: str, prefix: str) -> str:
+    """Return the name of the only "input" or "output" layer of the Functional model at `prefix`."""
+    ends = config[f"{end}_layers"]
+    ends = list(ends.values()) if isinstance(ends, dict) else ends
+    ends = ends if isinstance(ends[0], list) else [ends]
+    if len(ends) != 1:
+        model = f"model '{prefix.rstrip('/')}' " if prefix else ""
+        raise KerasFileError(f"{model}has {len(ends)} {end}s; a ResNet8 has one")
+    return as_string(ends[0][0])
 
 
 def node_inputs(entry: dict, name: str) -> list[str]:

@@ -207,7 +207,7 @@ def rebuild(
         values = [array for key, array in arrays.items() if key.rpartition(":")[0] == name]
         if values:
             layer.set_weights(values)
-    return keras.Model(first, tensors[name]), names
+    return keras.Model(first, tensors[name], name="resnet8"), names
 
 
 def with_dtype(value: object, dtype: str) -> object:

@@ -2,8 +2,10 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 
 from convert import convert_file
@@ -23,7 +25,7 @@ def test_kind_is_told_from_the_content(keras_files, reader, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "neither an HDF5 file nor a .keras archive"),
+        (b"", "is empty"),
         (b"GIF89a", "neither an HDF5 file nor a .keras archive"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS"),
         (b"\x89HDF\r\n\x1a\n", "damaged"),
@@ -50,6 +52,37 @@ def test_refuses_weights_alone_of_partly_frozen_models(keras_files, refusal):
     """Keras 2 saves the frozen layers after the others: two convolutions of one shape would change places."""
     message = refusal(keras_files / "tf_keras" / "nested_partly_frozen.legacy.h5")
     assert re.search(r"layers of model 'model.*' are not saved in their order.*frozen", message)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [{"m/x": ["kernel:0", "kernel:1"]}, {"m": ["x/kernel:0"], "m/x": ["m/x/bias:0"]}],
+    ids=["two kernels", "two layers"],
+)
+def test_refuses_weights_alone_that_are_not_of_one_layer(edited, refusal, saved):
+    """Two kernels of one layer; and a layer `m/x` beside a layer x of the model m."""
+
+    def edit(file):
+        file.attrs["layer_names"] = [*file.attrs["layer_names"], *saved]
+        for layer, tensors in saved.items():
+            group = file.require_group(layer)
+            group.attrs["weight_names"] = tensors
+            for tensor in tensors:
+                group[tensor] = np.zeros((3, 3, 3, 4) if "kernel" in tensor else 4, np.float32)
+
+    message = refusal(edited(edit, "plain.legacy.h5", "tf_keras"))
+    assert message.startswith("layer 'm/x' is there twice, or has two tensors called ")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("batch_normalization_1", "batch_normalization"), ("dense", "layers/#relu")],
+    ids=["outside of layers", "a name of our own"],
+)
+def test_refuses_weights_alone_with_two_layers_of_one_name(edited, refusal, source, target):
+    """By their names go what they read and their arrays; `#relu` we call the ReLU that such a file lacks."""
+    path = edited(lambda file: file.move(f"layers/{source}", target), "plain.weights.h5")
+    assert refusal(path) == f"two layers are called '{Path(target).name}'"
 
 
 NUMBERS = {

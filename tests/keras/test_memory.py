@@ -1,6 +1,7 @@
 """models/keras/container.py and reader.py: no file takes time or memory to refuse."""
 
 import re
+import resource
 import struct
 import zipfile
 import zlib
@@ -12,6 +13,7 @@ import pytest
 
 from models.errors import KerasFileError
 from models.keras.file import read_keras_file, start_reader
+from models.keras.reader import limit_memory
 from tests.keras_files.edits import replace_kernel
 
 MEMORY = 800 * 2**20  # what the reading process may take at most, Python, NumPy and HDF5 included
@@ -118,6 +120,24 @@ def test_tensor_that_is_none_is_refused(edited, refusal, name):
 def test_large_tensor_takes_no_memory(edited, name):
     message, peak = peak_memory(edited(replace_kernel(TENSORS[name][0])))
     assert TENSORS[name][1] in message and peak < MEMORY
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory as Linux does")
+@pytest.mark.parametrize("width", [20_000, 1_000_000])
+def test_wide_first_kernel_takes_no_memory(edited, refusal, width):
+    """A network of the width that it claims would have 18 GB of weights, or far more."""
+
+    def wide(file, name):
+        file[name] = np.zeros((3, 3, 3, width), np.int8)
+
+    path = edited(replace_kernel(wide))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    limit_memory(MEMORY)
+    try:
+        message = refusal(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert re.search(rf"bias has shape \(4,\), expected \({width},\) \(conv1.bias\)", message), message
 
 
 def many_large(file):

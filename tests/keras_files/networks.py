@@ -163,6 +163,11 @@ def nested(K: ModuleType) -> object:
     return K.Model(inputs, resnet8(K)(K.layers.Rescaling(1 / 255)(inputs)))
 
 
+def integer_input(K: ModuleType) -> object:
+    inputs = K.Input(SHAPE, dtype="uint8")
+    return K.Model(inputs, resnet8(K)(K.layers.Rescaling(1 / 127.5, offset=-1)(inputs)))
+
+
 def nested_frozen(K: ModuleType) -> object:
     """Transfer learning as Keras's guides do it: the model inside is called with training=False."""
     inputs = K.Input(SHAPE)
@@ -231,6 +236,11 @@ VARIANTS = {
     "average_pooling_oblong": variant(shape=(32, 16, 3), change=pooled_by((8, 4), strides=1)),
     "softmax_layer": variant(change=dense_then(lambda L: L.Softmax())),
     "softmax_activation": variant(change=dense_then(lambda L: L.Activation("softmax"))),
+    "softmax_then_identities": variant(
+        change=dense_then(
+            lambda L: lambda x: L.Dropout(0.1)(L.Activation("linear")(L.Activation("softmax")(x)))
+        )
+    ),
     "logits": variant(change=dense_then(None)),
     "noisy": Variant(noisy),
     "rescaling": variant(
@@ -267,6 +277,7 @@ VARIANTS = {
         pixels=True,
     ),
     "nested": Variant(nested, weights_alone=(), pixels=True),
+    "integer_input": Variant(integer_input, weights_alone=(), pixels=True),
     "nested_stages": variant(nest_stages=True, weights_alone=(".legacy.h5",)),
     "nested_deep": Variant(nested_deep),
     "nested_frozen": Variant(nested_frozen),

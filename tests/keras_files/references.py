@@ -54,32 +54,38 @@ def single_layers(keras, rng, randomize) -> dict:
     return found
 
 
-def whole_model(name, keras, tf, rng, folder, randomize) -> dict:
-    """Write NAME.h5; return its outputs, loss, gradients and, after a step in train mode, statistics."""
-    from models.keras.resnet8 import resnet8
+def passes(keras, tf, model, images, labels) -> dict:
+    """Return a model's outputs, loss, gradients and, after the pass, statistics, in float64 in both modes."""
     from models.keras.server import with_dtype
 
-    classes, width, shape = MODELS[name]
-    model = resnet8(classes, width, shape)
-    randomize(model, rng)
-    model.save(folder / f"{name}.h5")
-
     twin = keras.models.model_from_json(json.dumps(with_dtype(json.loads(model.to_json()), "float64")))
-    images, labels = rng.normal(size=(BATCH, *shape)), rng.integers(0, classes, BATCH)
-    found = {f"{name}:images": images, f"{name}:labels": labels}
+    found = {"images": images, "labels": labels}
     for mode in ("eval", "train"):
         twin.set_weights(model.get_weights())
         with tf.GradientTape() as tape:
             probabilities = twin(images, training=mode == "train")
             loss = -tf.reduce_mean(tf.math.log(tf.gather(probabilities, labels, axis=1, batch_dims=1)))
         gradients = tape.gradient(loss, [variable.value for variable in twin.trainable_variables])
-        found[f"{name}:{mode}:probabilities"] = probabilities.numpy()
-        found[f"{name}:{mode}:loss"] = loss.numpy()
+        found[f"{mode}:probabilities"] = probabilities.numpy()
+        found[f"{mode}:loss"] = loss.numpy()
         for variable, gradient in zip(twin.trainable_variables, gradients, strict=True):
-            found[f"{name}:{mode}:gradient:{variable.path}"] = gradient.numpy()
+            found[f"{mode}:gradient:{variable.path}"] = gradient.numpy()
         for variable in twin.non_trainable_variables:
-            found[f"{name}:{mode}:statistics:{variable.path}"] = np.asarray(variable)
+            found[f"{mode}:statistics:{variable.path}"] = np.asarray(variable)
     return found
+
+
+def whole_model(name, keras, tf, rng, folder, randomize) -> dict:
+    """Write NAME.h5; return its `passes`."""
+    from models.keras.resnet8 import resnet8
+
+    classes, width, shape = MODELS[name]
+    model = resnet8(classes, width, shape)
+    randomize(model, rng)
+    model.save(folder / f"{name}.h5")
+    images, labels = rng.normal(size=(BATCH, *shape)), rng.integers(0, classes, BATCH)
+    found = passes(keras, tf, model, images, labels)
+    return {f"{name}:{key}": value for key, value in found.items()}
 
 
 def main() -> None:

@@ -27,6 +27,31 @@ def two_inputs(K: ModuleType) -> object:
     return K.Model([model.input, second], K.layers.Add()([model.output, resnet8(K)(second)]))
 
 
+def nested_two_inputs(K: ModuleType) -> object:
+    """A model inside reads, as two inputs, a ReLU and what it is of: the shortcut is not of the ReLU."""
+    model = resnet8(K)
+    add, relu, *last = model.layers[-12:]  # from layer2.add on
+    assert isinstance(add, K.layers.Add), "layer2.add has moved"
+    first, second = K.Input(relu.output.shape[1:]), K.Input(relu.output.shape[1:])
+    shortcut = [layer for layer in last if getattr(layer, "kernel_size", None) == (1, 1)]
+    x, cut = first, second
+    for layer in last:
+        if layer in shortcut:
+            cut = layer(cut)
+        else:
+            x = layer([x, cut] if isinstance(layer, K.layers.Add) else x)
+    head = K.Model([first, second], x, name="odd")
+    return K.Model(model.input, head([relu.output, add.output]))
+
+
+def nested_tanh(K: ModuleType) -> object:
+    """A layer, `drop`, and after it a model inside, `m`, that begins with a tanh."""
+    inputs = K.Input(SHAPE)
+    model = resnet8(K, change={"input": named("Activation", "tanh")})
+    inside = K.Model(model.input, model.output, name="m")
+    return K.Model(inputs, inside(K.layers.Dropout(0.1, name="drop")(inputs)))
+
+
 def shared_layer(K: ModuleType) -> object:
     conv = K.layers.Conv2D(WIDTH, 3, padding="same", name="shared")
     return resnet8(K, change=each("layer1.conv1 layer1.conv2", lambda L, x: conv(x)))
@@ -175,7 +200,9 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     ),
     "shared": (Variant(shared_layer), "shared 2 times"),
     "two_outputs": (Variant(two_outputs), "2 outputs"),
-    "two_inputs": (Variant(two_inputs), "inputs"),
+    "two_inputs": (Variant(two_inputs), "2 inputs"),
+    "nested_two_inputs": (Variant(nested_two_inputs), "model odd 2 inputs one"),
+    "nested_tanh": (Variant(nested_tanh), "odd Activation Conv2D conv1"),
     "extra_conv": (
         variant(
             change=each("relu1", lambda L, x: L.Conv2D(WIDTH, 3, padding="same", name="odd")(L.ReLU()(x)))

@@ -48,7 +48,7 @@ def write_variant(K: ModuleType, name: str, folder: Path, rng: np.random.Generat
             layer.finalize_state()
     height, width, channels = (size or 24 for size in model.input_shape[1:])
     images = (
-        rng.uniform(0, 255, (3, height, width, channels))
+        rng.integers(0, 256, (3, height, width, channels)).astype(np.float64)
         if chosen.pixels
         else rng.normal(0, 1, (3, height, width, channels))
     )
