@@ -38,7 +38,6 @@ TOGETHER = {  # how the names of tests begin that share what is made in seconds 
     "tests/test_proof.py": "keras",
     "tests/test_recipes.py": "recipes",
     "tests/test_back": "back",
-    "tests/test_tflite.py": "back",
     "tests/test_convert.py::test_damaged_sample": "keras",
     "tests/test_faults.py": "keras",
     "tests/test_formats.py::test_softmax": "keras",
