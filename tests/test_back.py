@@ -42,6 +42,7 @@ from tests.test_parity import assert_loss_and_gradients_are_keras
 README = ROOT / "README.md"
 BUNDLED = ROOT / "checkpoints/resnet8_keras.h5"
 MLPERF_TINY = SHARED / "keras/pretrainedResnet.h5"
+pytestmark = pytest.mark.long
 INPUT = {"mean": [120.0], "std": [64.0]}  # what the random networks are fed is of the order of 1
 LAYERS = ["input", *(place.replace(".", "_") for place in GRAPH)]
 
@@ -237,6 +238,20 @@ def test_says_what_it_assumes(checkpoint, command):
     assert (metadata["input"]["mean"], metadata["input"]["std"]) == ([1.0, 2.0, 3.0, 4.0], [5.0] * 4)
     status, _, errors = command(checkpoint, "--no-verify", "--mean", 1, 2)
     assert status == 1 and "--mean has 2 values, but the model's input has 4 channels" in errors[0]
+
+
+def test_what_training_loops_save(checkpoint, command, reader, tmp_path):
+    """It is taken as evaluate.py takes it, and a note says what was done."""
+    state = {f"module.{key}": value for key, value in torch.load(checkpoint, weights_only=True).items()}
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    torch.save({"epoch": 3, "model": half}, tmp_path / "epoch3.pt")
+    status, out, _ = command(tmp_path / "epoch3.pt", "--no-verify")
+    assert status == 0 and "under 'model'" in out and "without 'module.'" in out and "float16" in out
+    convert_file(tmp_path / "epoch3.h5", tmp_path / "again.pt", reader)
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert all(
+        torch.equal(again[key.removeprefix("module.")], half[key].to(state[key].dtype)) for key in half
+    )
 
 
 def test_options_go_before_the_json(checkpoint, command):
@@ -492,7 +507,7 @@ def test_integer_input_is_proven(keras_files, reader, keras, tmp_path, few_image
 # --- Fine-tuned ------------------------------------------------------------------------------------------
 
 
-def test_fine_tuned_network_scores_the_same(reader, keras, sample, tmp_path):
+def test_fine_tuned_network_scores_the_same(reader, keras, sample, tmp_path, few_images):
     """Image by image; its JSON is the one that save_checkpoint writes."""
     convert_file(BUNDLED, tmp_path / "original.pt", reader)
     model = ResNet8.from_checkpoint(tmp_path / "original.pt")
@@ -676,7 +691,7 @@ def test_tensorflow_lite_recipe(reader, keras, sample, tmp_path):
         text=True,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    (accuracy,) = re.fullmatch(r"int8: ([\d.]+)% of 1,000 images\n", process.stdout).groups()
+    accuracy = re.search(r"^int8: ([\d.]+)% of 1,000 images$", process.stdout, re.MULTILINE)[1]
     in_float = 100 * score(ResNet8.from_checkpoint(tmp_path / "model.pt"), sample).metrics["accuracy"]
     assert in_float > 85 and abs(float(accuracy) - in_float) <= 1.5
     assert (tmp_path / "model_int8.tflite").stat().st_size < 120_000  # a byte a weight

@@ -261,6 +261,18 @@ def test_layer_called_as_another_inside_a_model_is_refused(edited, refusal):
     assert message == "layer 'm/odd' is there twice: by its name, and in a model by its path"
 
 
+def test_model_inside_that_is_called_with_two_inputs_is_refused(edited, refusal):
+    """Though it has one: the other would be left out."""
+
+    def change(config):
+        (model,) = [entry for entry in config["config"]["layers"] if "layers" in entry["config"]]
+        call = model["inbound_nodes"][0]
+        call["args"] = [call["args"] * 2]
+
+    message = refusal(edited(edit_config(change), "nested.h5"))
+    assert re.fullmatch(r"model '\w+' has 2 inputs; a ResNet8 has one", message)
+
+
 def test_input_that_is_no_input_layer_is_refused(edited, refusal):
     """Keras would cut off what stands before it."""
 
