@@ -129,6 +129,7 @@ def test_from_checkpoint_refuses_records_larger_than_the_file(checkpoint):
         ResNet8.from_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_from_checkpoint_tells_other_archives_of_torch(checkpoint):
     """As what they are, with what to do: they are not damaged."""
     path, _, _ = checkpoint

@@ -383,6 +383,8 @@ def test_interrupted(model_file, old_outputs, moment):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # a shell starts what it runs in the background with SIGINT ignored, and its children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         if line is None:  # until its first worker is there, the options are certainly read
             while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
