@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+SAVE = "torch.save(model.state_dict(), ...) writes one"
+
 
 def load(path: Path, map_location: str | torch.device = "cpu") -> object:
     """Return what a `.pt` file holds: tensors, numbers and strings, in dicts and lists.
@@ -25,8 +27,7 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> object:
         raise
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path}: not a plain state_dict (it holds code or objects, which are not loaded): "
-            "torch.save(model.state_dict(), ...) writes one"
+            f"{path}: not a plain state_dict (it holds code or objects, which are not loaded): {SAVE}"
         ) from None
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
@@ -51,13 +52,18 @@ def plain_state_dict(path: Path, content: object) -> tuple[dict[str, Tensor], li
             done.append(f"under '{key}'")
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise ValueError(f"{path}: holds a {kind}, expected a state_dict (tensors by name)")
+        raise ValueError(f"{path}: holds a {kind}, expected a state_dict (tensors by name): {SAVE}")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             what = f"{name!r} is a {type(value).__name__}"
-            raise ValueError(f"{path}: {what}, expected a state_dict (tensors by name)")
-        dense = value.layout == torch.strided and not value.is_quantized
-        if not dense or value.untyped_storage().nbytes() < value.nbytes:  # as an expanded tensor's is
+            raise ValueError(f"{path}: {what}, expected a state_dict (tensors by name): {SAVE}")
+        if value.is_quantized:
+            raise ValueError(
+                f"{path}: {name} is quantized; a quantized network is scored from Python: "
+                "from evaluate import score"
+            )
+        is_dense = value.layout == torch.strided
+        if not is_dense or value.untyped_storage().nbytes() < value.nbytes:  # as an expanded tensor's is
             raise ValueError(f"{path}: {name} has not the {value.numel():,} values that its shape says")
 
     state = dict(content)

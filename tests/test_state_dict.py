@@ -116,6 +116,23 @@ def test_a_double_file_keeps_its_bits_in_float64(tmp_path):
     assert not torch.equal(rounded.model.fc.bias.double(), model.fc.bias)
 
 
+def test_dtype_float64_computes_with_every_bit_of_a_double_file(tmp_path):
+    """And there is nothing to note. In float32 the file is what it was rounded to, and a note says so."""
+    model = random_model()
+    save(model, tmp_path / "single.pt", input=scaling(120.0, 64.0))
+    model.double()
+    with torch.no_grad():
+        model.fc.bias[0] *= 1 + 1e-9  # lost in float32, whose steps are 6e-8 at the least
+    save(model, tmp_path / "double.pt", input=scaling(120.0, 64.0))
+    arguments = ["single.pt", "--no-keras", "--compare", "double.pt"]
+    stdout, metrics = evaluated(*arguments, "--dtype", "float64", cwd=tmp_path)
+    assert 0 < metrics["pairs"][0]["max_abs_probability_difference"] < 1e-9
+    assert "is read as" not in stdout
+    stdout, metrics = evaluated(*arguments, cwd=tmp_path)
+    assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
+    assert "note: double.pt is read as a state_dict: float64 weights as float32\n" in stdout
+
+
 def mask_alone(model):
     return {**model.state_dict(), "conv1.weight_mask": torch.ones(16, 3, 3, 3)}
 
@@ -124,10 +141,17 @@ class Hyperparameters:
     """What a training loop may save of its own: an object."""
 
 
+def packed(model):
+    with warnings.catch_warnings(action="ignore"):  # deprecated, and still what old quantized files hold
+        weight = torch.quantize_per_tensor(model.fc.weight.detach(), 0.1, 0, torch.qint8)
+    return {**model.state_dict(), "fc.weight": weight}
+
+
+HOW = "torch.save(model.state_dict(), ...)"
 REFUSED = {  # what is saved -> words that say what it is, and how to save it instead
     "an object beside it": (
         lambda model: {"state_dict": model.state_dict(), "hparams": Hyperparameters()},
-        ["code or objects", "torch.save(model.state_dict(), ...)"],
+        ["code or objects", HOW],
     ),
     "a mask alone": (mask_alone, ["conv1.weight_mask has no conv1.weight_orig"]),
     "two networks": (
@@ -138,8 +162,15 @@ REFUSED = {  # what is saved -> words that say what it is, and how to save it in
         lambda model: {**model.state_dict(), "fc.weight": torch.zeros(10, 64, dtype=torch.int8)},
         ["fc.weight is torch.int8", "from evaluate import score"],
     ),
+    "quantized tensor": (packed, ["fc.weight is quantized", "from evaluate import score"]),
+    "under another key": (lambda model: {"net": model.state_dict()}, ["'net' is a", HOW]),
+    "tensors in a list": (lambda model: list(model.parameters()), ["holds a list", HOW]),
+    "an optimizer": (
+        lambda model: torch.optim.SGD(model.parameters()).state_dict(),
+        ["'state' is a dict", HOW],
+    ),
     "nothing under its key": (lambda model: {"state_dict": {}, "epoch": 1}, ["not a ResNet8's state_dict"]),
-    "a number under its key": (lambda model: {"state_dict": 3}, ["expected a state_dict"]),
+    "a number under its key": (lambda model: {"state_dict": 3}, ["expected a state_dict", HOW]),
 }
 
 
