@@ -83,7 +83,8 @@ def draw_differences(axes: plt.Axes, shown: list[Predictions], reference: Predic
     largest = max(found.max(initial=SMALLEST) for found in differences.values())
     bins = np.logspace(np.log10(SMALLEST), max(0.5 + np.log10(largest), -5), 50)
     for color, found in differences.items():  # the colours are those of the legend above
-        axes.hist(found.clip(SMALLEST), bins, color=color, alpha=0.6 if len(differences) > 1 else 1)
+        kind = "step" if len(differences) > 1 else "bar"  # several as outlines: none hides another
+        axes.hist(found.clip(SMALLEST), bins, color=color, histtype=kind, linewidth=1.5)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:.0e}")  # the exponents of 10^-7 would be smaller than 8 points
     axes.set(

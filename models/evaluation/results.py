@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 RESULTS = ("metrics.txt", "metrics.json", "report.png")
 SIGNIFICANCE = 0.05  # below this, a difference is more than chance
 COLUMNS = 4  # models in one table: more do not fit 80 columns
+LABEL = 24  # columns for the names of two models, beside their figures
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +70,11 @@ class Evaluation:
         longest = max(len(word) for each in everyone for word in each.name.split())
         columns = max(1, min(COLUMNS, 58 // (longest + 2)))  # so that no name is broken in its middle
         tables = [models_table(everyone[i : i + columns]) for i in range(0, len(everyone), columns)]
-        tables += [pairs_table(self.pairs)] if self.pairs else []
+        agreement = [pairs_text(self.pairs)] if self.pairs else []
         scalings = [
             describe_input(each.name, each.mean, each.std) for each in everyone if not each.is_fed_pixels
         ]
-        return "\n\n".join([self.title, self.files, as_text(tables), *scalings]) + "\n"
+        return "\n\n".join([self.title, self.files, as_text(tables), *agreement, *scalings]) + "\n"
 
     @property
     def files(self) -> str:
@@ -187,7 +189,7 @@ def models_table(all_predictions: list[Predictions]) -> Table:
     metrics = [each.metrics for each in all_predictions]
     table = Table("", box=None, padding=(0, 2, 0, 0), show_edge=False)
     for each in all_predictions:
-        width = 52 // len(all_predictions)
+        width = 58 // len(all_predictions) - 2
         table.add_column(each.name, justify="right", overflow="fold", max_width=width)
     table.add_row("accuracy", *(percent(m["accuracy"]) for m in metrics), style="bold")
     intervals = [[100 * bound for bound in m["confidence_interval_95"]] for m in metrics]
@@ -204,27 +206,30 @@ def models_table(all_predictions: list[Predictions]) -> Table:
     return table
 
 
-def pairs_table(pairs: list[dict]) -> Table:
-    """Return the table with one row for each two models, at most 80 columns wide."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column("", overflow="fold", max_width=24)
-    table.add_column("images with\nsame class", justify="right")
-    table.add_column("accuracy,\npoints", justify="right")
-    table.add_column("probability,\nat most", justify="right")
-    table.add_column("McNemar's\ntest")
-    for pair in pairs:
-        first, second = pair["models"]
-        p = pair["mcnemar_p"]
-        table.add_row(
-            f"{second} vs {first}",
-            f"{pair['same_prediction']:,}",
-            f"{100 * pair['accuracy_difference']:+.2f}",
-            f"{pair['max_abs_probability_difference']:.1e}",
-            f"p = {p:.2f}: chance" if p >= SIGNIFICANCE else f"p = {p:.1e}" if p > 1e-99 else "p < 1e-99",
+def pairs_text(pairs: list[dict]) -> str:
+    """Return the table with one row for each two models, 80 columns wide; longer names have a line alone."""
+    labels = [
+        textwrap.wrap(
+            " vs ".join(reversed(pair["models"])), LABEL, break_long_words=False, break_on_hyphens=False
         )
-    return table
+        for pair in pairs
+    ]
+    fitting = [len(line) for label in labels for line in label if len(line) <= LABEL]
+    width = max(fitting, default=0)
+    lines = [
+        f"{'':{width}}  images with  accuracy,  probability,  McNemar's",
+        f"{'':{width}}   same class     points       at most  test",
+    ]
+    for pair, label in zip(pairs, labels, strict=True):
+        p = pair["mcnemar_p"]
+        test = f"p = {p:.2f}: chance" if p >= SIGNIFICANCE else f"p = {p:.1e}" if p > 1e-99 else "p < 1e-99"
+        figures = (
+            f"  {pair['same_prediction']:11,}  {100 * pair['accuracy_difference']:+9.2f}"
+            f"  {pair['max_abs_probability_difference']:12.1e}  {test}"
+        )
+        *above, last = label if len(label[-1]) <= LABEL else [*label, ""]
+        lines += [*above, f"{last:{width}}{figures}"]
+    return "\n".join(lines)
 
 
 def as_text(tables: list[Table]) -> str:

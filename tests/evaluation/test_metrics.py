@@ -16,7 +16,7 @@ from models.evaluation.metrics import (
     short_names,
     wilson_interval,
 )
-from models.evaluation.results import as_text, pairs_table
+from models.evaluation.results import pairs_text
 from tests.evaluating import evaluated, random_model, save, scaling
 
 
@@ -125,5 +125,5 @@ def test_near_chance_blames_the_inputs_only_where_they_may_be_wrong():
 
 
 def test_a_p_value_too_small_for_a_float_is_a_bound():
-    table = pairs_table([compare(predictions("a", 0, images=5000), predictions("b", 5000, images=5000))])
-    assert "p < 1e-99" in as_text([table]) and "0.0e" not in as_text([table])
+    text = pairs_text([compare(predictions("a", 0, images=5000), predictions("b", 5000, images=5000))])
+    assert "p < 1e-99" in text and "0.0e" not in text

@@ -1,10 +1,14 @@
 """What is printed and written: tables, metrics.txt and metrics.json, the figure; whole or not at all."""
 
 import hashlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models.evaluation import figure
+from models.evaluation.metrics import Predictions
+from models.evaluation.results import Evaluation
 from tests.evaluating import (
     command,
     evaluated,
@@ -101,15 +105,20 @@ def test_what_was_asked_of_accuracy_is_recorded(tmp_path):
     assert metrics["guards"] == []
 
 
-def test_no_name_is_broken_in_its_middle(tmp_path):
-    names = [f"resnet8_{i}_tuned_for_longer.pt" for i in range(3)]
-    for name in names:
-        save(random_model(), tmp_path / name, input=scaling(120.0, 64.0))
-    stdout, _ = evaluated(names[0], "--no-keras", "--compare", *names[1:], cwd=tmp_path)
-    tables = stdout.split("\n\n", 2)[2]
-    assert max(map(len, tables.splitlines())) <= 80
-    headings = [line for line in tables.splitlines() if line.startswith("     ") and ".pt" in line]
-    assert all(any(name in heading for heading in headings) for name in names)
+@pytest.mark.parametrize("length", [8, 12, 13, 17, 18, 24, 25, 27, 28, 56])
+def test_no_name_is_broken_in_its_middle(sample, length):
+    """Neither in the tables' headings nor where two models are compared; and all fits 80 columns."""
+    scores = np.random.default_rng(0).normal(size=(5, 1000, 10))
+    names = [str(index) * length for index in range(5)]
+    models = [
+        Predictions(name, Path(name), each, sample.labels, [0.0] * 3, [1.0] * 3)
+        for name, each in zip(names, scores, strict=True)
+    ]
+    evaluation = Evaluation(sample, None, models[0], None, models[1:], [], [])
+    *tables, agreement = evaluation.summary.split("\n\n")[2:]
+    assert max(len(line) for part in (*tables, agreement) for line in part.splitlines()) <= 80
+    assert [word for table in tables for word in table.splitlines()[0].split()] == names
+    assert all(agreement.split().count(name) == 4 for name in names)
 
 
 def test_report_draws_up_to_four_models(tmp_path, sample, monkeypatch):
