@@ -110,10 +110,10 @@ def print_table(table: Table) -> None:
     """Print a table, a line a row; on a terminal that is too narrow for it, a line a cell."""
     from rich.console import Console
 
-    terminal = Console(highlight=False)
-    wide = Console(highlight=False, width=1000, file=io.StringIO())
+    # names come from files: `[/x]` in one is no style of rich's, and `:x:` no picture
+    wide = Console(markup=False, emoji=False, highlight=False, width=10_000, file=io.StringIO())
     needed = wide.measure(table).maximum
-    if sys.stdout.isatty() and needed > terminal.width:
+    if sys.stdout.isatty() and needed > shutil.get_terminal_size().columns:
         headings = [str(column.header) for column in table.columns]
         longest = max(map(len, headings))
         for cells in zip(*(column.cells for column in table.columns), strict=True):

@@ -19,16 +19,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 from convert import convert_file
 from models.errors import KerasFileError, VerificationError
 from models.keras.file import start_reader
-from models.resnet8 import ResNet8
 from models.worker import Worker
-from tests import fuzz_others
 from tests.keras_files.damage import damage
 from tests.keras_files.networks import WRITERS
+
+# torch, and what imports it, is imported where it is needed: `--help` needs none.
 
 SOURCES = """
     keras/plain.h5 keras/plain.keras keras/plain.weights.h5 keras/nested_deep.h5 keras/compiled.keras
@@ -44,6 +42,10 @@ def outcome(path: Path, folder: Path, reader: Worker) -> str:
     Raises AssertionError when the result is no whole one, or the message no single line; anything else that
     it raises is not what `convert_file` promises.
     """
+    import torch
+
+    from models.resnet8 import ResNet8
+
     output = folder / "model.pt"
     started = time.monotonic()
     try:
@@ -121,6 +123,8 @@ def main() -> int:
         if arguments.kind == "keras":
             counts, failures = run(files, arguments.count, arguments.seed, arguments.keep)
         else:
+            from tests import fuzz_others
+
             counts, failures = fuzz_others.run(arguments.kind, arguments.count, arguments.seed)
     outcomes = ("converted", "refused", "crashed the reader", "failed")
     print(f"{'damage':28}" + "".join(f"{name:>20}" for name in outcomes))

@@ -65,6 +65,17 @@ def test_fits_a_terminal_of_80_columns_with_names_whole(program):
     assert {word for line in lines for word in line.split()} >= set(whole.split()) - {"Keras", "shape"}
 
 
+def test_names_are_printed_as_they_are():
+    """They come from files: a bracket is no style, a colon no picture, and nothing else ends the command."""
+    lines = in_a_pipe("""
+from pathlib import Path
+from models.terminal import print_summary
+print_summary([(Path("a[bold].h5"), None, "layer 'x[/y]' :smile: is odd"), (Path("b.h5"), None, "w" * 1500)])
+""")
+    assert "a[bold].h5" in lines[2] and "layer 'x[/y]' :smile: is odd" in lines[2]
+    assert lines[3].endswith("  " + "w" * 1500)
+
+
 def test_a_pipe_gets_a_line_a_row_without_padding():
     for program, rows in ((ROWS, 2), (SUMMARY, 5), (NOTE, 1)):
         lines = in_a_pipe(program)
@@ -84,13 +95,16 @@ COMMANDS = {
     "training": ["-m", "models.keras.train"],
     "fuzz": ["-m", "tests.fuzz"],
     "benchmark": ["-m", "tests.benchmarks.run"],
+    "pitfalls": ["-m", "tests.benchmarks.pitfalls"],
     "recipes": ["-m", "tests.recipes"],
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_without_tensorflow(name, tmp_path):
-    (tmp_path / "tensorflow.py").write_text("raise SystemExit('imported')")
+def test_help_is_quick(name, tmp_path):
+    """It imports nothing that takes seconds, and so shows no log of TensorFlow's."""
+    for library in ("tensorflow", "keras", "torch", "torchvision", "matplotlib"):
+        (tmp_path / f"{library}.py").write_text("raise SystemExit('imported')")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, *COMMANDS[name], "--help"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
