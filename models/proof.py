@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,37 +93,74 @@ def compare_numbers(
     """
     import torch
 
-    results, compared = {}, set()
-    for dtype in ("float64", "float32"):
-        network = model.to(getattr(torch, dtype)).eval()
-        results[dtype] = largest = {"activations": 0.0, "probabilities": 0.0}
-        for images, on_layers in probe_batches(file.input_shape, whole=dtype == "float32"):
-            ask = keras.activations if on_layers else keras.predict
-            with ThreadPoolExecutor(1) as other:  # both frameworks compute at the same time
-                asked = other.submit(ask, images, *keras_input, dtype)
-                inputs = torch.from_numpy(normalize(images, *pytorch_input)).to(getattr(torch, dtype))
-                with torch.inference_mode():
-                    alone = {} if on_layers else {"fc": network(inputs).numpy()}
-                ours = alone or layer_activations(network, inputs)
+    real, random = probe_images(file.input_shape).values()
+    on_layers = in_batches(np.concatenate([real[:EVERY_LAYER], random[:EVERY_LAYER]]))
+    others = real[EVERY_LAYER:]
+    results = {dtype: {"activations": 0.0, "probabilities": 0.0} for dtype in ("float64", "float32")}
+    compared = set()
+
+    def fed(images: np.ndarray, dtype: str) -> torch.Tensor:
+        return torch.from_numpy(normalize(images, *pytorch_input)).to(getattr(torch, dtype))
+
+    def compare_layers(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], dtype: str) -> None:
+        # in the graph's order: the first that differs is the one that is wrong
+        for place in GRAPH:
+            # Keras's fc may have been through a softmax: then it is compared with the probabilities
+            comparable = place != "fc" or places["fc"].config.get("activation") != "softmax"
+            name = places[place].name
+            if comparable and name in theirs:
+                compared.add(place)
+                difference = largest_difference(ours[place], theirs[name])
+                results[dtype]["activations"] = max(results[dtype]["activations"], difference)
+                if dtype == "float64":
+                    check(f"{place} (Keras's '{name}')", difference, dtype, MAX_ACTIVATION_DIFFERENCE)
+
+    def compare_outputs(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> None:
+        outputs = torch.tensor(theirs) if file.returns_probabilities else torch.tensor(theirs).softmax(1)
+        difference = largest_difference(torch.from_numpy(ours).softmax(1).numpy(), outputs.numpy())
+        results[dtype]["probabilities"] = max(results[dtype]["probabilities"], difference)
+        check("probabilities", difference, dtype, MAX_PROBABILITY_DIFFERENCE[dtype])
+
+    # both frameworks compute at the same time
+    with single_threaded(), ThreadPoolExecutor(1) as other, torch.inference_mode():
+        for dtype in results:
+            network = model.to(getattr(torch, dtype)).eval()
+            answers = one_ahead(other, keras.activations, on_layers, *keras_input, dtype)
+            for images, asked in zip(on_layers, answers, strict=True):
+                ours = layer_activations(network, fed(images, dtype))
                 theirs = asked.result()
-            # in the graph's order: the first that differs is the one that is wrong
-            for place in GRAPH if on_layers else ():
-                # Keras's fc may have been through a softmax: then it is compared with the probabilities
-                comparable = place != "fc" or places["fc"].config.get("activation") != "softmax"
-                name = places[place].name
-                if comparable and name in theirs:
-                    compared.add(place)
-                    difference = largest_difference(ours[place], theirs[name])
-                    largest["activations"] = max(largest["activations"], difference)
-                    if dtype == "float64":
-                        check(f"{place} (Keras's '{name}')", difference, dtype, MAX_ACTIVATION_DIFFERENCE)
-            outputs = torch.tensor(theirs[file.layers[-1].name] if on_layers else theirs)
-            outputs = outputs if file.returns_probabilities else outputs.softmax(1)
-            difference = largest_difference(torch.from_numpy(ours["fc"]).softmax(1).numpy(), outputs.numpy())
-            largest["probabilities"] = max(largest["probabilities"], difference)
-            check("probabilities", difference, dtype, MAX_PROBABILITY_DIFFERENCE[dtype])
+                compare_layers(ours, theirs, dtype)
+                compare_outputs(ours["fc"], theirs[file.layers[-1].name], dtype)
+        if len(others):
+            asked = other.submit(keras.predict, others, *keras_input, "float32")
+            logits = [network(fed(images, "float32")) for images in in_batches(others)]
+            compare_outputs(torch.cat(logits).numpy(), asked.result(), "float32")
     model.float()
     return {"layers": len(compared), **results}
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Let PyTorch compute on one core: its other threads, waiting, would keep Keras's cores busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def one_ahead(
+    other: Executor, ask: Callable, batches: list[np.ndarray], *options: object
+) -> Iterator[Future]:
+    """Yield the future answer of `ask(batch, *options)` for each batch; the next has been asked for then."""
+    following = other.submit(ask, batches[0], *options)
+    for batch in batches[1:]:
+        asked, following = following, other.submit(ask, batch, *options)
+        yield asked
+    yield following
 
 
 def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -139,15 +177,9 @@ def check(where: str, difference: float, dtype: str, bound: float) -> None:
         )
 
 
-def probe_batches(shape: list[int | None], whole: bool) -> Iterator[tuple[np.ndarray, bool]]:
-    """Yield (N, C, H, W) float64 pixels, 0 to 255, and whether they are for every layer or the output alone.
-
-    Real images come before random ones. With `whole`, all real ones; else the first 100.
-    """
-    for images in probe_images(shape).values():
-        for start in range(0, len(images), BATCH_SIZE):
-            if whole or start < EVERY_LAYER:
-                yield images[start : start + BATCH_SIZE], start < EVERY_LAYER
+def in_batches(images: np.ndarray) -> list[np.ndarray]:
+    """Return images in batches."""
+    return [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
 
 
 def figures_of(results: dict) -> list[str]:

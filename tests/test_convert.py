@@ -77,8 +77,11 @@ def no_keras(tmp_path):
 def test_verified_conversion(model_file, tmp_path):
     """The whole command, once: its stages, its two files, and what they say."""
     output = tmp_path / "new folder" / "out.pt"
-    result = run("some.model.h5", "-o", output, "--mean", 120, "--std", 60, 61, 62, 63, "-v", cwd=tmp_path)
+    (temporary := tmp_path / "temporary").mkdir()
+    arguments = ["some.model.h5", "-o", output, "--mean", 120, "--std", 60, 61, 62, 63, "-v"]
+    result = run(*arguments, cwd=tmp_path, env={"TMPDIR": str(temporary)})
     assert result.returncode == 0, result.stderr
+    assert not list(temporary.iterdir())
     assert result.stderr == ""
     lines = result.stdout.splitlines()
     assert re.fullmatch(r"some\.model\.h5: Keras 3[\d.]+ \.h5 whole model", lines[0])
