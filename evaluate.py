@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 
 from data.cifar10 import CLASS_NAMES, DataError, Dataset, load_test
 from data.files import check_writable, sha256_of
+from models.evaluation.baseline import find_baseline, keras_predictions, will_ask_keras
 from models.evaluation.metrics import (
     Predictions,
     check_guards,
@@ -30,6 +32,7 @@ from models.evaluation.metrics import (
     short_names,
 )
 from models.evaluation.results import RESULTS, Evaluation, Notes, progress_bar, write_results
+from models.keras.process import KerasProcess
 from models.terminal import add_scaling, beside_the_scripts, check_scaling, run
 from models.worker import WorkerError
 
@@ -50,7 +53,12 @@ def main() -> int:
     """Evaluate; return the exit status."""
     options = parse_arguments()
     try:
-        return evaluate(options)
+        # Keras takes seconds to start: where it will be asked first, it does so while torch is imported.
+        # With --compare others are predicted, and timed, before that.
+        asks_keras = not options.no_keras and not options.compare
+        asks_keras = asks_keras and will_ask_keras(options.checkpoint, options.keras)
+        with KerasProcess(options.keras_python) if asks_keras else nullcontext() as keras:
+            return evaluate(options, keras)
     except WorkerError as error:
         print(error.log, file=sys.stderr, end="")
         message = f"{error}; --no-keras evaluates without the baseline"
@@ -64,7 +72,7 @@ def main() -> int:
     return 1
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace, keras_process: KerasProcess | None) -> int:
     """Evaluate the checkpoints of the command line, print and write the results, return the exit status."""
     notes = Notes()
     # before the work, not after it
@@ -74,8 +82,7 @@ def evaluate(options: argparse.Namespace) -> int:
         notes.add(dataset.notice)
 
     # Load, and predict.
-    from models.evaluation.baseline import find_baseline, keras_predictions  # and with it torch
-    from models.evaluation.inference import choose_device
+    from models.evaluation.inference import choose_device  # and with it torch
 
     name, *compared_names = short_names([options.checkpoint, *options.compare])
     predict = partial(
@@ -110,7 +117,8 @@ def evaluate(options: argparse.Namespace) -> int:
                     f"{stranger} was converted from another file than {keras_file.name}: their difference "
                     "is one of two models, not of a conversion"
                 )
-        keras = keras_predictions(keras_name, keras_file, checkpoint, dataset, options.keras_python, notes)
+        python = options.keras_python
+        keras = keras_predictions(keras_name, keras_file, checkpoint, dataset, python, notes, keras_process)
     # Folding BatchNorm changes the rounding, so it takes a reference to hold it to. Checkpoints that are
     # compared are all run alike: not folded.
     fold = bool(keras) and checkpoint.is_as_converted and not compared and options.dtype == "float32"

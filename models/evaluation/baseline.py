@@ -1,18 +1,37 @@
 """What the Keras model makes of the images: asked of Keras once, and kept beside the checkpoint."""
 
+from __future__ import annotations
+
 import json
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from data.cifar10 import CLASS_NAMES, Dataset
 from data.files import sha256_of, write_atomically
-from models.checkpoint import Checkpoint
 from models.errors import KerasFileError
 from models.evaluation.metrics import Predictions
 from models.evaluation.results import Notes
+from models.paths import json_of
+
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
+    from models.keras.process import KerasProcess
+
+ANSWERS, SAMPLE_ANSWERS = ".keras.npz", ".keras-sample.npz"  # kept beside the checkpoint, by the images
+
+
+def will_ask_keras(checkpoint: Path, keras_file: Path | None) -> bool:
+    """Return whether Keras will be asked, as far as one can tell without reading the checkpoint."""
+    if any(checkpoint.with_suffix(kept).exists() for kept in (ANSWERS, SAMPLE_ANSWERS)):
+        return False
+    try:
+        source = json.loads(json_of(checkpoint).read_text())["source"]["file"]
+        return (keras_file or checkpoint.parent / source).is_file()
+    except Exception:  # the run will say what is wrong
+        return False
 
 
 def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes) -> Path | None:
@@ -37,13 +56,19 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
 
 
 def keras_predictions(
-    name: str, keras_file: Path, checkpoint: Checkpoint, dataset: Dataset, python: str, notes: Notes
+    name: str,
+    keras_file: Path,
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    python: str,
+    notes: Notes,
+    keras: KerasProcess | None = None,
 ) -> Predictions:
     """Return what the Keras model makes of the images: as kept beside the checkpoint, or from Keras itself.
 
     Kept are Keras's probabilities and the key that they belong to: SHA-256 of the Keras file and of the
-    images, and what the Keras model is fed. `python` is the program that runs Keras. Raises KerasFileError,
-    ValueError or WorkerError with one line.
+    images, and what the Keras model is fed. `keras` is asked, and closed; if there is none, `python` is the
+    program that runs it. Raises KerasFileError, ValueError or WorkerError with one line.
     """
     # what the Keras model is fed differs from what ours is fed when the scaling is a layer of the Keras model
     scaling = checkpoint.metadata.get("source", {}).get("input", {})
@@ -51,12 +76,12 @@ def keras_predictions(
     bn_eps = checkpoint.model.bn1.eps  # weights alone do not say it
     key = {"keras": sha256_of(keras_file), "images": dataset.sha256, "mean": mean, "std": std}
     key = json.dumps({**key, "bn_eps": bn_eps})
-    cache = checkpoint.path.with_suffix(".keras-sample.npz" if dataset.is_sample else ".keras.npz")
+    cache = checkpoint.path.with_suffix(SAMPLE_ANSWERS if dataset.is_sample else ANSWERS)
     shape = (len(dataset.labels), len(CLASS_NAMES))
     probabilities = read_cache(cache, key, shape, notes)
     if probabilities is None:
         notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
-        probabilities = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python)
+        probabilities = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python, keras)
         if probabilities.shape != shape or not np.isfinite(probabilities).all():
             raise ValueError(
                 f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}"
@@ -93,7 +118,13 @@ def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> n
 
 
 def ask_keras(
-    keras_file: Path, bn_eps: float, images: np.ndarray, mean: list[float], std: list[float], python: str
+    keras_file: Path,
+    bn_eps: float,
+    images: np.ndarray,
+    mean: list[float],
+    std: list[float],
+    python: str,
+    keras: KerasProcess | None = None,
 ) -> np.ndarray:
     """Return Keras's (N, classes) float32 probabilities of (N, C, H, W) uint8 images.
 
@@ -101,11 +132,13 @@ def ask_keras(
     (pixel - mean) / std, a value a channel. Raises as `keras_predictions` does.
     """
     # a run that finds the answer kept needs none of these
+    import torch
+
     from models.keras.file import read_keras_file, start_reader
     from models.keras.process import KerasProcess
     from models.placing import with_graph
 
-    with start_reader() as reader, KerasProcess(python) as keras:
+    with start_reader() as reader, keras or KerasProcess(python) as keras:
         try:
             file = with_graph(read_keras_file(keras_file, reader), bn_eps)
             takes = tuple(file.input_shape)

@@ -16,6 +16,7 @@ import torch
 from data.cifar10 import load_test
 from models.checkpoint import read_checkpoint
 from models.evaluation import baseline
+from models.evaluation.baseline import will_ask_keras
 from models.evaluation.results import Notes
 from models.resnet8 import ResNet8
 from tests.evaluating import (
@@ -45,6 +46,25 @@ def test_agrees_with_keras(converted):
     assert {path.name for path in folder.iterdir()} == {
         *("model.h5", "model.pt", "model.json", "model.keras-sample.npz", "results")
     }
+
+
+def test_keras_is_started_early_only_where_it_will_be_asked(tmp_path):
+    checkpoint, source, other = (tmp_path / name for name in ("model.pt", "model.h5", "other.h5"))
+    other.touch()
+    assert not will_ask_keras(checkpoint, None)  # there is no JSON
+    checkpoint.with_suffix(".json").write_text('{"source": {"file": "model.h5"}}')
+    assert not will_ask_keras(checkpoint, None)  # and no model.h5
+    assert will_ask_keras(checkpoint, other)
+    source.touch()
+    assert will_ask_keras(checkpoint, None)
+    for damaged in ('{"source": 3}', '{"source": {"file": 3}}', "{" * 100_000, "\udcff"):
+        checkpoint.with_suffix(".json").write_text(damaged, errors="surrogateescape")
+        assert not will_ask_keras(checkpoint, None)
+    checkpoint.with_suffix(".json").write_text('{"source": {"file": "model.h5"}}')
+    for kept in (".keras.npz", ".keras-sample.npz"):
+        checkpoint.with_suffix(kept).touch()
+        assert not will_ask_keras(checkpoint, None)
+        checkpoint.with_suffix(kept).unlink()
 
 
 @needs_real_model
