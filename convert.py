@@ -31,9 +31,10 @@ from models.keras.process import KerasProcess
 from models.paths import KERAS_SUFFIXES, check_outputs, is_checkpoint, json_of
 from models.placing import graph_of, with_graph, with_rescaling
 from models.proof import compare_scaling
-from models.stages import map_rows, match, prove_counts, prove_numbers, verified_by
+from models.stages import input_metadata, map_rows, match, prove_counts, prove_numbers, verified_by
 from models.tensors import build_model, input_normalization, load_tensors
 from models.terminal import (
+    add_keras_python,
     add_scaling,
     beside_the_scripts,
     check_scaling,
@@ -116,10 +117,10 @@ def convert_file(
     places = match(file)
 
     # Map: each tensor, its axes in PyTorch's order, under its PyTorch key
-    from models.checkpoint import write_checkpoint, written_input
+    from models.checkpoint import write_checkpoint, written_metadata
 
     model, arguments = build_model(places)
-    channels, written = arguments["in_channels"], written_input(path, file.sha256)
+    channels, written = arguments["in_channels"], written_metadata(path, file.sha256).get("input", {})
     keras_input = (
         one_a_channel("--mean", mean or written.get("mean", [0.0]), channels),
         one_a_channel("--std", std or written.get("std", [1.0]), channels),
@@ -143,13 +144,7 @@ def convert_file(
             "assumed": file.assumed,
             "input": {"mean": keras_input[0], "std": keras_input[1]},
         },
-        "input": {
-            "layout": "NCHW",
-            "shape": [channels, *file.input_shape[:2]],
-            "range": [0, 255],
-            "mean": pytorch_input[0],
-            "std": pytorch_input[1],
-        },
+        "input": input_metadata("NCHW", [channels, *file.input_shape[:2]], *pytorch_input),
         **verified_by(results),
     }
     metadata = write_checkpoint(output, model, metadata)
@@ -218,13 +213,7 @@ def convert_back(
             "format": "PyTorch state_dict",
             "input": {"mean": checkpoint.mean, "std": checkpoint.std},
         },
-        "input": {
-            "layout": "NHWC",
-            "shape": [*image_size, channels],
-            "range": [0, 255],
-            "mean": keras_input[0],
-            "std": keras_input[1],
-        },
+        "input": input_metadata("NHWC", [*image_size, channels], *keras_input),
         **verified_by(results, keras=file.keras_version),
         "sha256": file.sha256,
     }
@@ -250,14 +239,11 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--rescaling", action="store_true", help="back to Keras: it is to scale its own pixels"
     )
-    add = parser.add_argument_group("the proof").add_argument
-    add("--no-verify", action="store_true", help="do not compare with Keras (needs no tensorflow)")
-    add(
-        "--keras-python",
-        metavar="PYTHON",
-        default=sys.executable,
-        help="the Python that has Keras (this one)",
+    group = parser.add_argument_group("the proof")
+    group.add_argument(
+        "--no-verify", action="store_true", help="do not compare with Keras (needs no tensorflow)"
     )
+    add_keras_python(group)
     arguments = parser.parse_args()
 
     check_scaling(parser, arguments)

@@ -33,7 +33,7 @@ from models.evaluation.metrics import (
 )
 from models.evaluation.results import RESULTS, Evaluation, Notes, progress_bar, write_results
 from models.keras.process import KerasProcess
-from models.terminal import add_scaling, beside_the_scripts, check_scaling, run
+from models.terminal import add_keras_python, add_scaling, beside_the_scripts, check_scaling, run
 from models.worker import WorkerError
 
 if TYPE_CHECKING:
@@ -281,16 +281,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", choices=("auto", "full", "sample"), default="auto", help="the test set, or 1,000 of it")
     add("--download", action="store_true", help="download the test set into --data-dir if it is not there")
     add_scaling(parser.add_argument_group("what CHECKPOINT is fed, if its .json does not say"), "CHECKPOINT")
-    add = parser.add_argument_group("what it is compared with").add_argument
+    group = parser.add_argument_group("what it is compared with")
+    add = group.add_argument
     add("--compare", metavar="OTHER.pt", type=Path, nargs="+", default=[], help="evaluate these beside it")
     add("--keras", metavar="KERAS_FILE", type=Path, help="the baseline (the file that CHECKPOINT came from)")
     add("--no-keras", action="store_true", help="no baseline")
-    add(
-        "--keras-python",
-        metavar="PYTHON",
-        default=sys.executable,
-        help="the Python that has Keras (this one)",
-    )
+    add_keras_python(group)
     add = parser.add_argument_group("how it is computed").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest)")
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(float32)")

@@ -236,11 +236,11 @@ def save_checkpoint(model: nn.Module, path: str | Path, like: str | Path) -> Non
     write_with_json(path, _saved(model), kept)
 
 
-def written_input(keras_file: Path, sha256: str) -> dict:
-    """Return what a Keras file that `convert.py` wrote is fed, as its JSON has it; {} for any other file."""
+def written_metadata(path: Path, sha256: str) -> dict:
+    """Return the JSON beside a file of this SHA-256 that `convert.py` wrote; {} for any other file."""
     with suppress(ValueError, OSError):
-        metadata = read_metadata(keras_file)
-        return metadata["input"] if metadata.get("sha256") == sha256 and "input" in metadata else {}
+        metadata = read_metadata(path)
+        return metadata if metadata.get("sha256") == sha256 else {}
     return {}
 
 

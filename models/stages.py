@@ -82,6 +82,11 @@ def prove_numbers(
     return results
 
 
+def input_metadata(layout: str, shape: list[int | None], mean: list[float], std: list[float]) -> dict:
+    """Return what the JSON says of a network's input: (pixel - mean) / std, pixels 0 to 255."""
+    return {"layout": layout, "shape": shape, "range": [0, 255], "mean": mean, "std": std}
+
+
 def verified_by(results: dict | None, **versions: str) -> dict:
     """Return what both directions' JSON says of the proof: its figures, by which versions, and when.
 

@@ -63,6 +63,16 @@ def check_scaling(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--std must be above 0")
 
 
+def add_keras_python(parser: argparse._ActionsContainer) -> None:
+    """Add --keras-python."""
+    parser.add_argument(
+        "--keras-python",
+        metavar="PYTHON",
+        default=sys.executable,
+        help="the Python that has Keras (this one)",
+    )
+
+
 def one_a_channel(option: str, values: list[float], channels: int) -> list[float]:
     """Return one finite value a channel; KerasFileError if there are neither one nor `channels` of them."""
     if not all(map(math.isfinite, values)):

@@ -22,8 +22,10 @@ import convert
 from convert import convert_back, convert_file
 from evaluate import score
 from models import placing, proof, resnet8
-from models.checkpoint import save_checkpoint
+from models.checkpoint import read_checkpoint, save_checkpoint
 from models.errors import KerasFileError, VerificationError
+from models.evaluation.baseline import find_baseline
+from models.evaluation.results import Notes
 from models.graph import GRAPH, match_graph
 from models.keras.file import read_keras_file
 from models.keras.process import KerasProcess
@@ -527,6 +529,17 @@ def test_fine_tuned_network_scores_the_same(reader, keras, sample, tmp_path, few
     assert np.array_equal(ours.classes, theirs.argmax(axis=1))
     assert np.abs(ours.probabilities - theirs).max() <= 1e-5
     assert 20 < (ours.classes != before.classes).sum() < 500
+
+    # evaluate.py --keras FILE: these are two files of one model, a stranger's is named
+    tuned = read_checkpoint(ResNet8, tmp_path / "tuned.pt")
+    (tmp_path / "stranger.keras").write_bytes(b"another")
+    for file, said in (
+        (tmp_path / "tuned.keras", []),
+        (BUNDLED, []),
+        (tmp_path / "stranger.keras", ["is not the file that"]),
+    ):
+        find_baseline(tuned, file, notes := Notes())
+        assert len(notes.lines) == len(said) and all(words in notes.lines[0] for words in said)
 
 
 # --- Mistakes --------------------------------------------------------------------------------------------

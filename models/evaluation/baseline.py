@@ -38,7 +38,11 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
     """Return the Keras file to compare with: `keras_file`, else the checkpoint's source if still there."""
     source = checkpoint.metadata.get("source", {})
     if keras_file:
-        if source.get("sha256") != sha256_of(keras_file):
+        from models.checkpoint import written_metadata
+
+        sha256 = sha256_of(keras_file)
+        back = written_metadata(keras_file, sha256).get("source", {}).get("sha256")  # what it was made from
+        if source.get("sha256") != sha256 and back != checkpoint.sha256:
             notes.add(f"{keras_file} is not the file that {checkpoint.path} was converted from")
         return keras_file
     described_in = checkpoint.path.with_suffix(".json")

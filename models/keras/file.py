@@ -136,18 +136,30 @@ def read_keras_content(path: Path, content: bytes, reader: Worker) -> KerasFile:
     except WorkerError as error:
         reason = f"damaged: the HDF5 library fails on it ({error})" if error.status else error
         raise KerasFileError(str(reason)) from None
-    layers = tuple(
-        Layer(
-            layer["name"],
-            layer["class_name"],
-            layer["config"],
-            tuple(layer["inputs"]),
-            {variable: arrays[f"{index}:{variable}"] for variable in layer["variables"]},
-        )
-        for index, layer in enumerate(reply.pop("layers"))
-    )
+    layers = unpack_layers(reply.pop("layers"), arrays)
     sha256 = hashlib.sha256(content).hexdigest()
     return KerasFile(path=path, sha256=sha256, content=content, layers=layers, **reply)
+
+
+def pack_layers(layers: Iterable[Layer]) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Return layers as a process sends them: a JSON list, and the arrays by `index of the layer:variable`."""
+    layers = list(layers)
+    return [{**vars(layer), "arrays": list(layer.arrays)} for layer in layers], {
+        f"{index}:{variable}": array
+        for index, layer in enumerate(layers)
+        for variable, array in layer.arrays.items()
+    }
+
+
+def unpack_layers(described: list[dict], arrays: dict[str, np.ndarray]) -> tuple[Layer, ...]:
+    """Return the layers of which `pack_layers` made this."""
+    return tuple(
+        Layer(
+            **{**layer, "inputs": tuple(layer["inputs"])}
+            | {"arrays": {variable: arrays[f"{index}:{variable}"] for variable in layer["arrays"]}}
+        )
+        for index, layer in enumerate(described)
+    )
 
 
 def check_values(layers: Iterable[Layer]) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 
 import numpy as np
 
-from models.keras.file import KerasFile, Layer
+from models.keras.file import KerasFile, Layer, pack_layers
 from models.worker import Worker
 
 
-class KerasProcess:
+class KerasProcess(Worker):
     """A Keras that runs elsewhere. It starts at once, and loads one model at a time."""
 
     def __init__(self, python: str = sys.executable) -> None:
         """Start it; raises WorkerError if `python` cannot be run."""
-        self.worker = Worker("models.keras.server", python)
+        super().__init__("models.keras.server", python)
 
     def load(self, file: KerasFile) -> dict:
         """Load a model, as float32 and as float64 arithmetic with its weights in float32.
@@ -25,11 +24,9 @@ class KerasProcess:
         `rebuilt`: None when Keras read the file by itself, else why it could not, and was given the graph
         and the arrays that our reader had found. Raises WorkerError when Keras is missing or fails.
         """
-        content = np.frombuffer(file.content, np.uint8)
-        return self.worker.ask(
-            {"do": "load", "config": file.config, "graph": graph_of(file.layers)},
-            {"content": content, **arrays_of(file.layers)},
-        )[0]
+        layers, arrays = pack_layers(file.layers)
+        request = {"do": "load", "config": file.config, "layers": layers}
+        return self.ask(request, {"content": np.frombuffer(file.content, np.uint8), **arrays})[0]
 
     def activations(
         self,
@@ -45,39 +42,20 @@ class KerasProcess:
         WorkerError when Keras fails.
         """
         request = {"do": "activations", "mean": mean, "std": std, "dtype": dtype}
-        return self.worker.ask(request, {"images": images})[1]
+        return self.ask(request, {"images": images})[1]
 
     def predict(
         self, images: np.ndarray, mean: list[float], std: list[float], dtype: str = "float32"
     ) -> np.ndarray:
         """Return the model's (N, classes) outputs, for images as `activations` takes them, and faster."""
         request = {"do": "predict", "mean": mean, "std": std, "dtype": dtype}
-        return self.worker.ask(request, {"images": images})[1]["outputs"]
+        return self.ask(request, {"images": images})[1]["outputs"]
 
     def build(self, layers: list[Layer], suffix: str) -> bytes:
         """Return the content of the model file that Keras writes for a graph and its arrays.
 
         `suffix` is .h5 or .keras. Raises WorkerError when Keras is missing or fails.
         """
-        request = {"do": "build", "graph": graph_of(layers), "suffix": suffix}
-        return self.worker.ask(request, arrays_of(layers))[1]["content"].tobytes()
-
-    def close(self) -> None:
-        """End the process."""
-        self.worker.close()
-
-    def __enter__(self) -> KerasProcess:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def graph_of(layers: Iterable[Layer]) -> list[tuple]:
-    """Return the layers without their arrays, as a request holds them."""
-    return [(layer.name, layer.class_name, layer.config, layer.inputs) for layer in layers]
-
-
-def arrays_of(layers: Iterable[Layer]) -> dict[str, np.ndarray]:
-    """Return the layers' arrays by `layer:variable`."""
-    return {f"{layer.name}:{name}": array for layer in layers for name, array in layer.arrays.items()}
+        described, arrays = pack_layers(layers)
+        request = {"do": "build", "layers": described, "suffix": suffix}
+        return self.ask(request, arrays)[1]["content"].tobytes()

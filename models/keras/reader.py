@@ -14,13 +14,13 @@ import numpy as np
 from models.errors import KerasFileError, one_line
 from models.keras.arrays import saved_arrays, saved_groups
 from models.keras.container import check_classes, lists_names, open_container
-from models.keras.file import Layer, check_values
+from models.keras.file import Layer, check_values, pack_layers
 from models.keras.layers import graph_layers
 from models.worker import serve
 
 
 def read_content(content: bytes) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return `KerasFile`'s fields as a JSON object, and the arrays by `index of the layer:variable`.
+    """Return `KerasFile`'s fields as a JSON object, and the layers' arrays as `pack_layers` names them.
 
     Raises KerasFileError with one line, and for damaged bytes whatever h5py, zipfile and json raise.
     """
@@ -34,27 +34,15 @@ def read_content(content: bytes) -> tuple[dict, dict[str, np.ndarray]]:
         arrays = saved_arrays(config, weights)
         layers = [replace(layer, arrays=arrays.get(layer.name, {})) for layer in graph_layers(config)]
         check_values(layers)
+    described, arrays = pack_layers(layers)
     fields = {
         "format": f"Keras {version} {kind}" if version else kind,
         "keras_version": version,
         "config": config,
         "names_tensors": names_tensors,
-        "layers": [
-            {
-                "name": layer.name,
-                "class_name": layer.class_name,
-                "config": layer.config,
-                "inputs": layer.inputs,
-                "variables": list(layer.arrays),
-            }
-            for layer in layers
-        ],
+        "layers": described,
     }
-    return fields, {
-        f"{index}:{variable}": array
-        for index, layer in enumerate(layers)
-        for variable, array in layer.arrays.items()
-    }
+    return fields, arrays
 
 
 def read_safely(_: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:

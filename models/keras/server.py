@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +23,7 @@ except ImportError as error:  # a Python without numpy has no Keras
     sys.exit(f"{sys.executable} cannot import Keras ({error}): install tensorflow, or name another Python")
 
 from models.errors import one_line
+from models.keras.file import Layer, unpack_layers
 from models.worker import COLLECT_AFTER, WorkerError, serve
 
 BATCH_SIZE = 100  # the fastest of 16 to 1,000, with a thread a core
@@ -45,8 +46,8 @@ class Server:
         except Exception as error:
             raise WorkerError(f"Keras fails on the model: {one_line(error)}") from None
 
-    def load(self, arrays: dict[str, np.ndarray], config: dict | None, graph: list) -> tuple[dict, dict]:
-        """Load a model from the file's bytes, or from its graph and arrays; its weights become float32."""
+    def load(self, arrays: dict[str, np.ndarray], config: dict | None, layers: list) -> tuple[dict, dict]:
+        """Load a model from the file's bytes, or from the layers found in it; its weights become float32."""
         import keras
 
         content, rebuilt = arrays.pop("content").tobytes(), "the file holds weights alone"
@@ -57,7 +58,7 @@ class Server:
             except Exception as error:
                 rebuilt = one_line(error)
         if model is None:
-            model, self.renamed = rebuild(graph, arrays)
+            model, self.renamed = rebuild(unpack_layers(layers, arrays))
         self.config = json.loads(model.to_json())
         self.weights = [np.asarray(weight).astype(np.float32) for weight in model.get_weights()]
         trainable, statistics = count_parameters(model)
@@ -69,9 +70,9 @@ class Server:
         }
         return reply, {}
 
-    def build(self, arrays: dict[str, np.ndarray], graph: list, suffix: str) -> tuple[dict, dict]:
-        """Return the content of the file that Keras saves for a graph and its arrays."""
-        model, _ = rebuild(graph, arrays, keep_names=True)
+    def build(self, arrays: dict[str, np.ndarray], layers: list, suffix: str) -> tuple[dict, dict]:
+        """Return the content of the file that Keras saves for these layers."""
+        model, _ = rebuild(unpack_layers(layers, arrays), keep_names=True)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"model{suffix}"
             model.save(path)
@@ -172,38 +173,37 @@ def load_file(content: bytes, config: dict) -> object:
         return keras.models.load_model(path, compile=False)
 
 
-def rebuild(
-    graph: list, arrays: dict[str, np.ndarray], keep_names: bool = False
-) -> tuple[object, dict[str, str]]:
-    """Return the Keras model of a graph and arrays, and for each of its layers' names that in the graph.
+def rebuild(layers: Iterable[Layer], keep_names: bool = False) -> tuple[object, dict[str, str]]:
+    """Return the Keras model of these layers, and for each of its layers' names theirs.
 
-    A name in the graph that our reader found, such as `model/layer`, may be none that Keras takes.
+    A name that our reader found, such as `model/layer`, may be none that Keras takes.
     """
     import keras
 
     tensors, names = {}, {}
-    for name, class_name, config, inputs in graph:
-        if class_name == "InputLayer":
-            shape = config.get("batch_shape") or config["batch_input_shape"]
-            first = tensors[name] = keras.Input(shape[1:], name=name if keep_names else None)
+    for each in layers:
+        if each.class_name == "InputLayer":
+            shape = each.config.get("batch_shape") or each.config["batch_input_shape"]
+            first = tensors[each.name] = keras.Input(shape[1:], name=each.name if keep_names else None)
             continue
-        layer_class = getattr(keras.layers, class_name)
+        layer_class = getattr(keras.layers, each.class_name)
         # initializers and the like change nothing here, and older versions spell them differently
         known = inspect.signature(layer_class.__init__).parameters
         options = {
-            key: value for key, value in config.items() if key in known and not key.endswith(TRAINING_ONLY)
+            key: value
+            for key, value in each.config.items()
+            if key in known and not key.endswith(TRAINING_ONLY)
         }
-        if class_name == "BatchNormalization":
+        if each.class_name == "BatchNormalization":
             options["axis"] = -1  # Keras 2 writes [3]
-        options |= {"name": name if keep_names else f"layer_{len(names)}", "dtype": "float32"}
-        layer = layer_class(**options)
-        names[layer.name] = name
-        sources = [tensors[source] for source in inputs]
-        tensors[name] = layer(sources if len(sources) > 1 else sources[0])
-        values = [array for key, array in arrays.items() if key.rpartition(":")[0] == name]
-        if values:
-            layer.set_weights(values)
-    return keras.Model(first, tensors[name], name="resnet8"), names
+        name = each.name if keep_names else f"layer_{len(names)}"
+        layer = layer_class(**options | {"name": name, "dtype": "float32"})
+        names[layer.name] = each.name
+        sources = [tensors[source] for source in each.inputs]
+        tensors[each.name] = layer(sources if len(sources) > 1 else sources[0])
+        if each.arrays:
+            layer.set_weights(list(each.arrays.values()))
+    return keras.Model(first, tensors[each.name], name="resnet8"), names
 
 
 def with_dtype(value: object, dtype: str) -> object:
