@@ -72,7 +72,7 @@ def main() -> int:
                     if path in options.checkpoints:
                         metadata = convert_back(*common, options.rescaling, verify, verbose)
                     else:
-                        metadata = convert_file(*common, options.bn_eps, verbose, verify)
+                        metadata = convert_file(*common, options.bn_eps, verify, verbose)
                     outcomes.append((path, metadata, str(output)))
                 except FAILURES as error:
                     message = str(error).removeprefix(f"{path}: ")
@@ -99,8 +99,8 @@ def convert_file(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     bn_eps: float = 1e-3,
-    verbose: bool = False,
     verify: bool = True,
+    verbose: bool = False,
 ) -> dict:
     """Convert one Keras file, verify it if there is a Keras process, write `output` and its JSON; return it.
 

@@ -53,11 +53,10 @@ def main() -> int:
     """Evaluate; return the exit status."""
     options = parse_arguments()
     try:
-        # Keras takes seconds to start: where it will be asked first, it does so while torch is imported.
-        # With --compare others are predicted, and timed, before that.
-        asks_keras = not options.no_keras and not options.compare
-        asks_keras = asks_keras and will_ask_keras(options.checkpoint, options.keras)
-        with KerasProcess(options.keras_python) if asks_keras else nullcontext() as keras:
+        # Keras takes seconds to start: where it is asked before all else, it does so while torch is imported
+        asked_first = not options.no_keras and not options.compare  # these are predicted, and timed, before
+        is_asked = asked_first and will_ask_keras(options.checkpoint, options.keras)
+        with KerasProcess(options.keras_python) if is_asked else nullcontext() as keras:
             return evaluate(options, keras)
     except WorkerError as error:
         print(error.log, file=sys.stderr, end="")

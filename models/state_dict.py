@@ -103,7 +103,7 @@ def check_archive(path: Path) -> None:
         records = zipfile.ZipFile(path).infolist()
     except Exception as error:  # whatever the damage leads to
         raise ValueError(f"{path}: damaged or not a PyTorch file ({type(error).__name__})") from None
-    names = [record.filename.partition("/")[2] for record in records]
+    names = [record.filename.partition("/")[2] or record.filename for record in records]
     if "constants.pkl" in names:
         what, instead = "a TorchScript archive", "torch.jit.load(...)"
     elif "models/model.json" in names or "serialized_exported_program.json" in names:
