@@ -15,7 +15,7 @@ import numpy as np
 
 from models.errors import KerasFileError
 from models.keras.container import MAX_OBJECTS, as_string, lists_names
-from models.keras.layers import is_model
+from models.keras.layers import is_model, own_name
 from models.mapping import saved_variables
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def expected_variables(entry: dict) -> list[str]:
 def listed_arrays(model: dict, weights: h5py.Group) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yield each layer's arrays from a `.h5` file: one group for each layer of the outermost model."""
     for entry in model["config"]["layers"]:
-        name = entry["config"]["name"]
+        name = own_name(entry)
         if not is_model(entry):
             expected = expected_variables(entry)
             yield name, named_variables(name, group_tensors(weights, name), expected) if expected else {}
@@ -60,7 +60,7 @@ def listed_arrays(model: dict, weights: h5py.Group) -> Iterator[tuple[str, dict[
 def nested_entries(model: dict, prefix: str) -> Iterator[tuple[str, dict]]:
     """Yield the path and the entry of every layer of a nested model, and of the models in it."""
     for entry in model["config"]["layers"]:
-        path = f"{prefix}{entry['config']['name']}"
+        path = f"{prefix}{own_name(entry)}"
         if is_model(entry):
             yield from nested_entries(entry, f"{path}/")
         else:
@@ -90,7 +90,7 @@ def store_arrays(
     for entry in model["config"]["layers"]:
         snake = snake_case(entry["class_name"] if entry["class_name"] != "Model" else "Functional")
         number = counts[snake] = counts.get(snake, -1) + 1
-        path = f"{prefix}{entry['config']['name']}"
+        path = f"{prefix}{own_name(entry)}"
         key = f"{snake}_{number}" if number else snake
         group = store.get(key) if store is not None else None
         if is_model(entry):

@@ -28,7 +28,7 @@ MAX_OBJECTS = 10_000
 KERAS_CLASSES = TRAINING_LAYERS | set(
     """
     Functional Model Sequential InputLayer __keras_tensor__ DTypePolicy Policy SeedGenerator
-    Conv2D BatchNormalization Activation ReLU Softmax Add Dense Flatten
+    Conv2D BatchNormalization Activation ReLU Softmax Add Dense Flatten Cast
     GlobalAveragePooling2D AveragePooling2D Rescaling Normalization
     Zeros Ones Constant Orthogonal Identity VarianceScaling RandomNormal RandomUniform TruncatedNormal
     HeNormal HeUniform GlorotNormal GlorotUniform LecunNormal LecunUniform
@@ -41,7 +41,7 @@ KERAS_CLASSES = TRAINING_LAYERS | set(
 KERAS_MODULE = re.compile(
     r"(tf_keras|keras|keras\.src|tf_keras\.src)"
     r"(\.(layers|models|initializers|regularizers|constraints|random|(engine|models)\.(functional|sequential|training)"
-    r"|ops\.numpy|(backend\.)?dtype_policies(\.dtype_policy)?|mixed_precision))?"
+    r"|ops\.(numpy|core)|(backend\.)?dtype_policies(\.dtype_policy)?|mixed_precision))?"
 )
 
 

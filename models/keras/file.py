@@ -29,6 +29,7 @@ TRAINING_LAYERS = set(
     RandomHeight RandomWidth RandomErasing RandomHue RandomSaturation RandomSharpness
     """.split()
 )
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # Keras 3.5 to 3.8 casts to the dtype of its policy
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Layer:
     def is_identity(self) -> bool:
         """Whether it computes nothing at inference (a Flatten only says the same in another shape)."""
         linear = self.class_name == "Activation" and self.config.get("activation") == "linear"
-        return linear or self.class_name == "Flatten" or self.class_name in TRAINING_LAYERS
+        cast = self.class_name == "Cast" and self.config.get("dtype") in FLOATS
+        return linear or cast or self.class_name == "Flatten" or self.class_name in TRAINING_LAYERS
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def inline_functional(config: dict, prefix: str, source: str | None, layers: dic
             if len(inputs) != 1:
                 raise KerasFileError(f"model '{path}' has {len(inputs)} inputs; a ResNet8 has one")
             output = inline_nested(entry, f"{path}/", resolve(inputs[0]), layers)
-            outputs[as_string(entry["config"]["name"])] = output
+            outputs[own_name(entry)] = output
     for path, entry, inputs in own:  # now that every nested model's output is known
         if not is_model(entry):
             reads = tuple(map(resolve, inputs))
@@ -120,14 +120,18 @@ def named_entries(entries: list) -> Iterator[tuple[str, str, dict]]:
     """
     names = set()
     for entry in entries:
-        config = entry["config"]
-        name, class_name = as_string(entry.get("name") or config["name"]), as_string(entry["class_name"])
+        name, class_name = as_string(entry.get("name") or own_name(entry)), as_string(entry["class_name"])
         if name in names or ":" in name or not name.isprintable():
             raise KerasFileError(f"layer '{name}' is there twice, or its name has a colon or control codes")
-        if name != as_string(config["name"]):  # the graph would go by one, the tensors by the other
-            raise KerasFileError(f"layer '{name}' is also called '{as_string(config['name'])}'")
+        if name != own_name(entry):  # the graph would go by one, the tensors by the other
+            raise KerasFileError(f"layer '{name}' is also called '{own_name(entry)}'")
         names.add(name)
         yield name, class_name, entry
+
+
+def own_name(entry: dict) -> str:
+    """Return the name in a layer's configuration; an operation such as Cast has it beside that."""
+    return as_string(entry["config"].get("name", entry.get("name")))
 
 
 def is_model(entry: dict) -> bool:

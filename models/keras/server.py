@@ -186,6 +186,9 @@ def rebuild(layers: Iterable[Layer], keep_names: bool = False) -> tuple[object, 
             shape = each.config.get("batch_shape") or each.config["batch_input_shape"]
             first = tensors[each.name] = keras.Input(shape[1:], name=each.name if keep_names else None)
             continue
+        if each.class_name == "Cast":  # in float32 and float64 it does nothing
+            tensors[each.name] = tensors[each.inputs[0]]
+            continue
         layer_class = getattr(keras.layers, each.class_name)
         # initializers and the like change nothing here, and older versions spell them differently
         known = inspect.signature(layer_class.__init__).parameters

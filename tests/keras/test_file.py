@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from convert import convert_file
+from models.keras.file import Layer
 
 
 def test_kind_is_told_from_the_content(keras_files, reader, tmp_path):
@@ -104,3 +105,8 @@ def test_impossible_numbers_are_named(edited, refusal, format, name):
 
     message = refusal(edited(edit, f"plain.{format}", "tf_keras"))
     assert message.startswith("layer 'batch_normalization_3") and words in message, message
+
+
+@pytest.mark.parametrize(("dtype", "is_identity"), [("float16", True), ("float64", True), ("uint8", False)])
+def test_a_cast_computes_nothing_unless_it_rounds_to_integers(dtype, is_identity):
+    assert Layer("cast", "Cast", {"dtype": dtype}, ()).is_identity is is_identity

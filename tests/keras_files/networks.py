@@ -129,6 +129,11 @@ def adapted(L: ModuleType, x: object) -> object:
     return layer(x)
 
 
+def cast(_: ModuleType, x: object) -> object:
+    """An operation, as Keras 3.5 to 3.8 put one before every layer of a mixed policy."""
+    return importlib.import_module("keras").ops.cast(x, "float64")
+
+
 def noisy(K: ModuleType) -> object:
     """Augmentation, dropout and noise wherever people put them."""
 
@@ -294,6 +299,13 @@ VARIANTS = {
     ),
     "float16": variant("float16"),
     "float64": variant("float64"),
+    "casts": variant(
+        writers=("keras",),
+        change={
+            **{"input": cast, "relu1": lambda L, x: cast(L, L.ReLU()(x))},
+            "fc": lambda L, x: cast(L, L.Dense(CLASSES, activation="softmax")(x)),
+        },
+    ),
     "mixed_float16": variant("mixed_float16"),
     "mixed_bfloat16": variant("mixed_bfloat16"),
 }
