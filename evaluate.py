@@ -233,7 +233,7 @@ def score(
     `network` is any function of a (N, 3, 32, 32) float32 tensor that gives (N, 10) logits, a tensor or an
     array: quantized, exported, compiled, or of another runtime. It is fed (pixel - mean) / std, `mean` and
     `std` a value a channel, in pixel units; without them plain pixels, 0 to 255. `workers` threads call it at
-    a time. Raises ValueError when its outputs are none, NaN or infinite.
+    a time. Raises ValueError when it is in train mode, or its outputs are none, NaN or infinite.
     """
     import torch
 
@@ -241,6 +241,13 @@ def score(
 
     channels = dataset.images.shape[1]
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"mean and std have {len(mean)} and {len(std)} values, the images {channels} channels"
+        )
+    modules = network.modules() if isinstance(network, torch.nn.Module) else ()
+    if any(isinstance(module, torch.nn.BatchNorm2d) and module.training for module in modules):
+        raise ValueError(f"{path or name}: is in train mode, in which every batch changes it: network.eval()")
     start = time.perf_counter()
     logits = inference.predict(network, dataset.images, mean, std, batch_size, workers, progress_bar(name))
     seconds = time.perf_counter() - start

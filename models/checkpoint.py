@@ -129,7 +129,9 @@ def read_checkpoint(
             )
         model.load_state_dict(state, assign=True)
     except KeyError as error:
-        raise ValueError(f"{path}: no tensor {error}: not a ResNet8's state_dict") from None
+        inner = [name for name in state if name.endswith(f".{error.args[0]}")]
+        hint = f" ({inner[0]} is one of a larger model's: save its ResNet8 alone)" if inner else ""
+        raise ValueError(f"{path}: no tensor {error}: not a ResNet8's state_dict{hint}") from None
     except (RuntimeError, IndexError, ValueError) as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
         raise ValueError(f"{path}: not a ResNet8's state_dict: {reasons}") from None

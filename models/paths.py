@@ -9,7 +9,7 @@ from data.files import check_writable, sha256_of
 from models.errors import OutputExistsError
 
 KERAS_SUFFIXES = (".h5", ".keras")
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin")
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")
 HDF5 = b"\x89HDF\r\n\x1a\n"  # how its files begin
 
 

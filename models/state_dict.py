@@ -56,7 +56,8 @@ def plain_state_dict(path: Path, content: object) -> tuple[dict[str, Tensor], li
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             what = f"{name!r} is a {type(value).__name__}"
-            raise ValueError(f"{path}: {what}, expected a state_dict (tensors by name): {SAVE}")
+            wrapped = f", or one under {', '.join(map(repr, WRAPPINGS))}" if isinstance(value, dict) else ""
+            raise ValueError(f"{path}: {what}, expected a state_dict (tensors by name){wrapped}: {SAVE}")
         if value.is_quantized:
             raise ValueError(
                 f"{path}: {name} is quantized; a quantized network is scored from Python: "
@@ -97,6 +98,8 @@ def check_archive(path: Path) -> None:
         start = file.read(4)
     if not start:
         raise ValueError(f"{path}: is empty, so damaged")
+    if start == b"\x89HDF":
+        raise ValueError(f"{path}: is an HDF5 file, not PyTorch's; if it is Keras's, convert.py converts it")
     if start != b"PK\x03\x04":
         return
     try:
@@ -108,6 +111,8 @@ def check_archive(path: Path) -> None:
         what, instead = "a TorchScript archive", "torch.jit.load(...)"
     elif "models/model.json" in names or "serialized_exported_program.json" in names:
         what, instead = "a torch.export archive", "torch.export.load(...)"
+    elif "model.weights.h5" in names:
+        raise ValueError(f"{path}: is a Keras archive, not PyTorch's; convert.py converts it")
     elif any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError(f"{path}: holds compressed records; torch.save writes none")
     elif len(set(names)) < len(names):

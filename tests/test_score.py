@@ -85,6 +85,27 @@ def test_outputs_that_are_no_logits_are_refused(sample, network, words):
         score(network, sample, name="odd")
 
 
+def test_a_network_in_train_mode_is_refused_and_unchanged(sample):
+    """Its BatchNorms would use each batch's statistics, and take them into their own."""
+    model = random_model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"tuned: is in train mode.*network\.eval\(\)"):
+        score(model, sample, name="tuned")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_scaling_of_another_number_of_channels_is_refused(sample):
+    with pytest.raises(ValueError, match="mean and std have 2 and 3 values, the images 3 channels"):
+        score(random_model(), sample, mean=[0.0, 0.0])
+
+
+def test_layer_activations_leave_no_hooks_when_the_network_fails(sample):
+    model = random_model()
+    with pytest.raises(TypeError):
+        layer_activations(model, sample.images[:4])  # an array, no tensor
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_every_layers_activations_by_name():
     """For golden vectors: channels last, under the names of the table, and the last are the logits."""
     model, images = random_model(), torch.randn(2, 3, 32, 32)

@@ -163,7 +163,17 @@ REFUSED = {  # what is saved -> words that say what it is, and how to save it in
         ["fc.weight is torch.int8", "from evaluate import score"],
     ),
     "quantized tensor": (packed, ["fc.weight is quantized", "from evaluate import score"]),
-    "under another key": (lambda model: {"net": model.state_dict()}, ["'net' is a", HOW]),
+    "under another key": (
+        lambda model: {"net": model.state_dict()},
+        ["'net' is a", "or one under 'state_dict', 'model_state_dict', 'model'", HOW],
+    ),
+    "beside a loss's weights": (
+        lambda model: {
+            "criterion.weight": torch.ones(10),
+            **{f"model.{name}": value for name, value in model.state_dict().items()},
+        },
+        ["no tensor 'fc.weight'", "model.fc.weight is one of a larger model's: save its ResNet8 alone"],
+    ),
     "tensors in a list": (lambda model: list(model.parameters()), ["holds a list", HOW]),
     "an optimizer": (
         lambda model: torch.optim.SGD(model.parameters()).state_dict(),

@@ -42,7 +42,7 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
 
         sha256 = sha256_of(keras_file)
         back = written_metadata(keras_file, sha256).get("source", {}).get("sha256")  # what it was made from
-        if source.get("sha256") != sha256 and back != checkpoint.sha256:
+        if checkpoint.origin not in (None, sha256) and back != checkpoint.sha256:
             notes.add(f"{keras_file} is not the file that {checkpoint.path} was converted from")
         return keras_file
     described_in = checkpoint.path.with_suffix(".json")
@@ -82,26 +82,28 @@ def keras_predictions(
     key = json.dumps({**key, "bn_eps": bn_eps})
     cache = checkpoint.path.with_suffix(SAMPLE_ANSWERS if dataset.is_sample else ANSWERS)
     shape = (len(dataset.labels), len(CLASS_NAMES))
-    probabilities = read_cache(cache, key, shape, notes)
-    if probabilities is None:
+    answer = read_cache(cache, key, shape, notes)
+    if answer is None:
         notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
-        probabilities = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python, keras)
+        answer = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python, keras)
+        probabilities, form = answer
         if probabilities.shape != shape or not np.isfinite(probabilities).all():
             raise ValueError(
                 f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}"
             )
         try:
-            content = {"key": np.array(key), "probabilities": probabilities}
+            content = {"key": np.array(key), "probabilities": probabilities, "format": np.array(form)}
             write_atomically(cache, lambda file: np.savez(file, **content))
         except OSError as error:
             notes.add(f"{cache} cannot be written: {error.strerror}; the next run will ask Keras again")
     # A float32 probability can be too small to be told from 0.
+    probabilities, form = answer
     log_probabilities = np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
-    return Predictions(name, keras_file, log_probabilities, dataset.labels, mean, std)
+    return Predictions(name, keras_file, log_probabilities, dataset.labels, mean, std, format=form)
 
 
-def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> np.ndarray | None:
-    """Return the float32 probabilities kept in `cache`; None if damaged or kept under another `key`."""
+def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> tuple[np.ndarray, str] | None:
+    """Return `ask_keras`'s answer as kept in `cache`; None if damaged or kept under another `key`."""
     if not cache.exists():
         return None
     try:
@@ -113,9 +115,10 @@ def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> n
                 notes.add(f"{cache} is of another Keras file, other images or another scaling: made again")
                 return None
             probabilities = content["probabilities"]
-        if probabilities.shape != shape or probabilities.dtype != np.float32:
+            form = str(content["format"]) if "format" in content else ""  # earlier answers have none
+        if probabilities.shape != shape or probabilities.dtype != np.float32 or not form.isprintable():
             raise ValueError
-        return probabilities
+        return probabilities, form
     except Exception:  # np.load raises whatever the damage leads to
         notes.add(f"{cache} is damaged: made again")
         return None
@@ -129,8 +132,8 @@ def ask_keras(
     std: list[float],
     python: str,
     keras: KerasProcess | None = None,
-) -> np.ndarray:
-    """Return Keras's (N, classes) float32 probabilities of (N, C, H, W) uint8 images.
+) -> tuple[np.ndarray, str]:
+    """Return Keras's (N, classes) float32 probabilities of (N, C, H, W) uint8 images, and the file's format.
 
     `bn_eps` is for a file of weights alone, which does not say it; the Keras model is fed
     (pixel - mean) / std, a value a channel. Raises as `keras_predictions` does.
@@ -153,6 +156,6 @@ def ask_keras(
             raise ValueError(f"{keras_file}: takes {takes} images, CIFAR-10's are {needed}")
         keras.load(file)
         outputs = keras.predict(images, mean, std)
-    if file.returns_probabilities:
-        return outputs
-    return torch.from_numpy(outputs.astype(np.float64)).softmax(dim=1).float().numpy()
+    if not file.returns_probabilities:
+        outputs = torch.from_numpy(outputs.astype(np.float64)).softmax(dim=1).float().numpy()
+    return outputs, file.format

@@ -88,7 +88,7 @@ def draw_differences(axes: plt.Axes, shown: list[Predictions], reference: Predic
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:.0e}")  # the exponents of 10^-7 would be smaller than 8 points
     axes.set(
-        title=f"Probabilities: difference to {reference.name}",
+        title=f"Probabilities: difference to\n{reference.name}",
         xlabel=f"an image's largest (the first bar: {SMALLEST:g} and less)",
         ylabel="images",
     )

@@ -21,6 +21,7 @@ class Predictions:
     mean: list[float]  # a value a channel, in pixel units: the model is fed (pixel - mean) / std
     std: list[float]
     throughput: dict | None = None  # None: Keras, whose speed is not measured here
+    format: str = ""  # a Keras file's, such as "Keras 2.4.0 .h5 whole model"
 
     @cached_property
     def classes(self) -> np.ndarray:

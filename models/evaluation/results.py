@@ -83,8 +83,8 @@ class Evaluation:
         for each in self.all_predictions:
             ran = each.throughput and (each.throughput["dtype"], each.throughput["device"])
             detail = f", {ran[0]} on {ran[1]}" if ran and ran != ("float32", "cpu") else ""
-            if each is self.keras and sha256_of(each.path) == self.checkpoint.origin:
-                detail = f", {self.checkpoint.metadata['source'].get('format', 'its source')}"
+            if each is self.keras:
+                detail = f", {each.format}" if each.format else ""
             lines.append(f"{each.name}: {each.path}{detail}")
         return "\n".join(lines)
 
@@ -121,10 +121,15 @@ def write_results(evaluation: Evaluation, folder: Path, with_figure: bool) -> li
 
 
 def metrics_text(evaluation: Evaluation) -> str:
-    """Return what metrics.txt holds: the tables, every model's confusion matrix, and the notes."""
+    """Return what metrics.txt holds: the tables, every model's confusion matrix, the guards and the notes."""
     lines = [
         evaluation.summary,
         *(confusion_text(predictions) + "\n" for predictions in evaluation.all_predictions),
+        *(
+            f"{guard['guard']} {guard['bound']:g}: {'met' if guard['met'] else 'not met'} by "
+            f"{guard['checkpoint']} ({guard['measured']:.4f})"
+            for guard in evaluation.guards
+        ),
         *(f"note: {note}" for note in evaluation.notes),
     ]
     return "\n".join(lines).rstrip() + "\n"
@@ -140,7 +145,14 @@ def metrics_json(evaluation: Evaluation) -> dict:
         "dataset": {"name": dataset.name, "images": len(dataset.labels), "sha256": dataset.sha256},
         "input": fed(ours),
         "pytorch": ours.metrics,
-        "keras": keras and {"file": str(keras.path), "input": fed(keras), **keras.metrics},
+        "keras": keras
+        and {
+            "file": str(keras.path),
+            "sha256": sha256_of(keras.path),
+            "format": keras.format,
+            "input": fed(keras),
+            **keras.metrics,
+        },
         "agreement": evaluation.pairs[0] if keras else None,
         "throughput": ours.throughput,
         "compared": [
@@ -277,6 +289,5 @@ def progress_bar(description: str) -> Callable[[Iterable, int], Iterable]:
     from rich.markup import escape
     from rich.progress import track
 
-    return lambda batches, total: track(
-        batches, escape(description), total, console=Console(stderr=True), transient=True
-    )
+    console = Console(stderr=True, emoji=False)
+    return lambda batches, total: track(batches, escape(description), total, console=console, transient=True)

@@ -7,12 +7,13 @@ Each row undoes one thing that `convert.py` and `models/resnet8.py` get right, a
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from data.cifar10 import load_test
+from data.cifar10 import DataError, load_test
 
 # torch, and what imports it, is imported after the options: `--help` needs none.
 
@@ -30,11 +31,14 @@ def main() -> None:
     from models.resnet8 import ResNet8
     from tests.benchmarks.mistakes import INPUT_MISTAKES, MODEL_MISTAKES, accuracy
 
-    if any(value != 0 for value in read_metadata(arguments.checkpoint)["input"]["mean"]):
-        parser.error("the mistakes in the input assume a model that takes raw pixels")
-    data = load_test(arguments.data_dir)
+    try:
+        if any(read_metadata(arguments.checkpoint).get("input", {}).get("mean", [])):
+            parser.error("the mistakes in the input assume a model that takes raw pixels")
+        data = load_test(arguments.data_dir)
+        right = ResNet8.from_checkpoint(arguments.checkpoint)
+    except (DataError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    right = ResNet8.from_checkpoint(arguments.checkpoint)
 
     table = Table("mistake", f"accuracy on {data.name}", box=None, show_edge=False)
     table.add_row("none", f"{accuracy(right, images, labels, lambda x: x):.2%}")

@@ -41,11 +41,24 @@ def test_agrees_with_keras(converted):
     assert metrics["keras"]["loss"] == pytest.approx(metrics["pytorch"]["loss"], abs=1e-6)
     assert metrics["keras"]["confusion_matrix"] == metrics["pytorch"]["confusion_matrix"]
     assert metrics["keras"]["file"] == "model.h5"
+    assert metrics["keras"]["format"] == "Keras 3.15.1 .h5 whole model"
+    assert metrics["keras"]["sha256"] == hashlib.sha256((folder / "model.h5").read_bytes()).hexdigest()
+    assert "Keras: model.h5, Keras 3.15.1 .h5 whole model\n" in stdout
     assert metrics["throughput"]["batch_norm_folded"] is True
     assert "asking Keras about 1,000 images" in stdout
     assert {path.name for path in folder.iterdir()} == {
         *("model.h5", "model.pt", "model.json", "model.keras-sample.npz", "results")
     }
+
+
+def test_a_keras_file_is_a_stranger_only_if_the_json_names_another(tmp_path):
+    (tmp_path / "model.h5").write_bytes(b"a Keras file")
+    known = hashlib.sha256(b"a Keras file").hexdigest()
+    for source, notes in (({}, 0), ({"sha256": known}, 0), ({"sha256": "0" * 64}, 1)):
+        save(random_model(), tmp_path / "model.pt", source=source)
+        checkpoint = read_checkpoint(ResNet8, tmp_path / "model.pt")
+        assert baseline.find_baseline(checkpoint, tmp_path / "model.h5", found := Notes())
+        assert len(found.lines) == notes
 
 
 def test_keras_is_started_early_only_where_it_will_be_asked(tmp_path):
@@ -249,7 +262,7 @@ def test_answers_for_the_sample_and_for_the_full_set_lie_side_by_side(real, monk
     checkpoint = read_checkpoint(ResNet8, real / "model.pt")
     other = replace(sample, sha256="0" * 64)  # any other images: those of the full set
     answers = np.full((1000, 10), 0.1, np.float32)
-    monkeypatch.setattr(baseline, "ask_keras", lambda *_: answers)
+    monkeypatch.setattr(baseline, "ask_keras", lambda *_: (answers, ".h5"))
     baseline.keras_predictions("Keras", real / "model.h5", checkpoint, other, NOT_A_PYTHON, Notes())
     assert {path.name for path in real.glob("*.npz")} == {"model.keras-sample.npz", "model.keras.npz"}
     assert all(path.read_bytes() == content for path, content in kept.items())

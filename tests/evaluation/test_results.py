@@ -101,6 +101,9 @@ def test_what_was_asked_of_accuracy_is_recorded(tmp_path):
     assert found["b.pt", "--max-drop"]["measured"] == accuracy - metrics["compared"][0]["accuracy"]
     assert found["b.pt", "--max-drop"]["met"] and found["b.pt", "--max-drop"]["below"] == "a.pt"
     assert len(found) == 4
+    lines = (tmp_path / "results/metrics.txt").read_text().splitlines()
+    assert f"--min-accuracy 0.5: not met by a.pt ({accuracy:.4f})" in lines
+    assert f"--max-drop 1: met by b.pt ({found['b.pt', '--max-drop']['measured']:.4f})" in lines
     _, metrics = evaluated("a.pt", "--no-keras", cwd=tmp_path)
     assert metrics["guards"] == []
 
