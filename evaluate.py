@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES, DataError, Dataset, load_test
-from data.files import check_writable, sha256_of
-from models.evaluation.baseline import find_baseline, keras_predictions, will_ask_keras
+from data.files import check_writable
+from models.evaluation.baseline import baseline_name, find_baseline, keras_predictions, will_ask_keras
 from models.evaluation.metrics import (
     Predictions,
     check_guards,
@@ -108,15 +108,7 @@ def evaluate(options: argparse.Namespace, keras_process: KerasProcess | None) ->
         raise ValueError("--max-drop: there is neither a Keras baseline nor a --compare to measure a drop by")
     keras = None
     if keras_file:
-        strangers = [n for n, origin in origins.items() if origin not in (None, sha256_of(keras_file))]
-        keras_name = f"Keras {keras_file.name}" if strangers else "Keras"
-        for stranger in strangers:
-            if stranger != name:
-                notes.add(
-                    f"{stranger} was converted from another file than {keras_file.name}: their difference "
-                    "is one of two models, not of a conversion"
-                )
-        python = options.keras_python
+        keras_name, python = baseline_name(keras_file, name, origins, notes), options.keras_python
         keras = keras_predictions(keras_name, keras_file, checkpoint, dataset, python, notes, keras_process)
     # Folding BatchNorm changes the rounding, so it takes a reference to hold it to. Checkpoints that are
     # compared are all run alike: not folded.

@@ -85,9 +85,9 @@ class Worker:
         except (EOFError, OSError):
             status = self.process.wait()
             seconds = f" after {timeout:.0f} s" if not timer.is_alive() else ""
-            raise WorkerError(
-                f"{self.module} ended with status {status}{seconds}", status, self.log()
-            ) from None
+            run_by = "" if self.python == sys.executable else f", run by {self.python},"
+            message = f"{self.module}{run_by} ended with status {status}{seconds}"
+            raise WorkerError(message, status, self.log()) from None
         finally:
             timer.cancel()
         if "error" in answer:

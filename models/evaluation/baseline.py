@@ -59,6 +59,22 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
     return None
 
 
+def baseline_name(keras_file: Path, ours: str, origins: dict[str, str | None], notes: Notes) -> str:
+    """Return what the baseline is called: "Keras", with its file if a checkpoint comes from another.
+
+    `origins` has the SHA-256 of the file that each checkpoint was converted from, by name, None where it is
+    not known. A note names each of them, but `ours`, that comes from another.
+    """
+    strangers = [name for name, origin in origins.items() if origin not in (None, sha256_of(keras_file))]
+    for stranger in strangers:
+        if stranger != ours:
+            notes.add(
+                f"{stranger} was converted from another file than {keras_file.name}: their difference is one "
+                "of two models, not of a conversion"
+            )
+    return f"Keras {keras_file.name}" if strangers else "Keras"
+
+
 def keras_predictions(
     name: str,
     keras_file: Path,
