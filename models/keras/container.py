@@ -14,7 +14,7 @@ import zipfile
 from typing import TYPE_CHECKING
 
 from models.errors import KerasFileError
-from models.keras.file import MAX_FILE_BYTES, TRAINING_LAYERS
+from models.keras.file import FLOATS, MAX_FILE_BYTES, TRAINING_LAYERS
 
 if TYPE_CHECKING:
     import h5py
@@ -212,12 +212,15 @@ def check_classes(config: dict) -> None:
         name = value.get("class_name")
         if (name is not None and "config" in value) or "module" in value or "registered_name" in value:
             inner = value.get("config")
-            layer = inner.get("name", "") if isinstance(inner, dict) else inner
+            layer = inner.get("name", value.get("name", "")) if isinstance(inner, dict) else inner
             where = f"layer '{layer}'" if isinstance(layer, str) and layer else "model_config"
             if not isinstance(name, str) or name not in KERAS_CLASSES:
                 raise KerasFileError(
                     f"{where} is of class {name}: a custom class, or none of a ResNet8's; never run"
                 )
+            dtype = inner.get("dtype") if isinstance(inner, dict) else None
+            if name == "Cast" and dtype not in FLOATS:
+                raise KerasFileError(f"{where} (Cast): dtype is {dtype!r:.60}, expected a floating-point one")
             module, registered = value.get("module"), value.get("registered_name")
             if module is not None and not (isinstance(module, str) and KERAS_MODULE.fullmatch(module)):
                 raise KerasFileError(

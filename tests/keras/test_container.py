@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from models.errors import KerasFileError
+from models.keras.container import check_classes
 from models.keras.file import read_keras_file
 from tests.conftest import ROOT
 from tests.keras_files.edits import KERNEL, edit_config, replace_kernel
@@ -216,3 +217,19 @@ def test_odd_json_is_refused(archive, edited, refusal, name):
 
 def test_bytes_that_are_no_text_are_refused(archive, refusal):
     assert "damaged" in refusal(archive(config__json=b'{"a": "\xff"}'))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", None, {"class_name": "DTypePolicy"}])
+def test_a_cast_that_rounds_never_reaches_keras(dtype):
+    cast = {
+        "class_name": "Cast",
+        "name": "cast",
+        "module": "keras.src.ops.core",
+        "config": {"dtype": "float16"},
+    }
+    check_classes({"layers": [cast]})
+    cast["config"]["dtype"] = dtype
+    with pytest.raises(
+        KerasFileError, match=r"layer 'cast' \(Cast\): dtype is .*, expected a floating-point one"
+    ):
+        check_classes({"layers": [cast]})
