@@ -65,7 +65,8 @@ def baseline_name(keras_file: Path, ours: str, origins: dict[str, str | None], n
     `origins` has the SHA-256 of the file that each checkpoint was converted from, by name, None where it is
     not known. A note names each of them, but `ours`, that comes from another.
     """
-    strangers = [name for name, origin in origins.items() if origin not in (None, sha256_of(keras_file))]
+    known = (None, sha256_of(keras_file))
+    strangers = [name for name, origin in origins.items() if origin not in known]
     for stranger in strangers:
         if stranger != ours:
             notes.add(
@@ -94,15 +95,15 @@ def keras_predictions(
     scaling = checkpoint.metadata.get("source", {}).get("input", {})
     mean, std = scaling.get("mean", checkpoint.mean), scaling.get("std", checkpoint.std)
     bn_eps = checkpoint.model.bn1.eps  # weights alone do not say it
-    key = {"keras": sha256_of(keras_file), "images": dataset.sha256, "mean": mean, "std": std}
+    sha256 = sha256_of(keras_file)
+    key = {"keras": sha256, "images": dataset.sha256, "mean": mean, "std": std}
     key = json.dumps({**key, "bn_eps": bn_eps})
     cache = checkpoint.path.with_suffix(SAMPLE_ANSWERS if dataset.is_sample else ANSWERS)
     shape = (len(dataset.labels), len(CLASS_NAMES))
-    answer = read_cache(cache, key, shape, notes)
-    if answer is None:
+    probabilities, form = read_cache(cache, key, shape, notes) or (None, "")
+    if probabilities is None:
         notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
-        answer = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python, keras)
-        probabilities, form = answer
+        probabilities, form = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python, keras)
         if probabilities.shape != shape or not np.isfinite(probabilities).all():
             raise ValueError(
                 f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}"
@@ -112,8 +113,9 @@ def keras_predictions(
             write_atomically(cache, lambda file: np.savez(file, **content))
         except OSError as error:
             notes.add(f"{cache} cannot be written: {error.strerror}; the next run will ask Keras again")
+    if not form and checkpoint.origin == sha256:  # answers kept by an earlier version do not say it
+        form = checkpoint.metadata["source"].get("format", "")
     # A float32 probability can be too small to be told from 0.
-    probabilities, form = answer
     log_probabilities = np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
     return Predictions(name, keras_file, log_probabilities, dataset.labels, mean, std, format=form)
 

@@ -89,6 +89,17 @@ def test_the_second_run_needs_no_keras(converted, real):
 
 
 @needs_real_model
+def test_answers_that_an_earlier_version_kept_are_used(real):
+    """They do not say the Keras file's format; the checkpoint's JSON does."""
+    kept = real / "model.keras-sample.npz"
+    with np.load(kept) as answers:
+        np.savez(kept, key=answers["key"], probabilities=answers["probabilities"])
+    stdout, metrics = evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
+    assert "Keras: model.h5, Keras 3.15.1 .h5 whole model\n" in stdout
+    assert metrics["keras"]["format"] == "Keras 3.15.1 .h5 whole model"
+
+
+@needs_real_model
 def test_the_second_run_imports_no_large_library(real):
     code = f"""
 import runpy, sys
