@@ -33,7 +33,14 @@ from models.evaluation.metrics import (
 )
 from models.evaluation.results import RESULTS, Evaluation, Notes, progress_bar, write_results
 from models.keras.process import KerasProcess
-from models.terminal import add_keras_python, add_scaling, beside_the_scripts, check_scaling, run
+from models.terminal import (
+    add_keras_python,
+    add_scaling,
+    beside_the_scripts,
+    check_scaling,
+    one_a_channel,
+    run,
+)
 from models.worker import WorkerError
 
 if TYPE_CHECKING:
@@ -224,19 +231,16 @@ def score(
 
     `network` is any function of a (N, 3, 32, 32) float32 tensor that gives (N, 10) logits, a tensor or an
     array: quantized, exported, compiled, or of another runtime. It is fed (pixel - mean) / std, `mean` and
-    `std` a value a channel, in pixel units; without them plain pixels, 0 to 255. `workers` threads call it at
-    a time. Raises ValueError when it is in train mode, or its outputs are none, NaN or infinite.
+    `std` a value, or one a channel, in pixel units; without them plain pixels, 0 to 255. `workers` threads
+    call it at a time. Raises ValueError when it is in train mode, or its outputs are none, NaN or infinite.
     """
     import torch
 
     from models.evaluation import inference
 
     channels = dataset.images.shape[1]
-    mean, std = mean or [0.0] * channels, std or [1.0] * channels
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(
-            f"mean and std have {len(mean)} and {len(std)} values, the images {channels} channels"
-        )
+    mean = one_a_channel("mean", mean or [0.0], channels)
+    std = one_a_channel("std", std or [1.0], channels)
     modules = network.modules() if isinstance(network, torch.nn.Module) else ()
     if any(isinstance(module, torch.nn.BatchNorm2d) and module.training for module in modules):
         raise ValueError(f"{path or name}: is in train mode, in which every batch changes it: network.eval()")

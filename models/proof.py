@@ -121,8 +121,8 @@ def compare_numbers(
         results[dtype]["probabilities"] = max(results[dtype]["probabilities"], difference)
         check("probabilities", difference, dtype, MAX_PROBABILITY_DIFFERENCE[dtype])
 
-    # both frameworks compute at the same time
-    with single_threaded(), ThreadPoolExecutor(1) as other, torch.inference_mode():
+    # both frameworks compute at the same time: PyTorch's other threads, waiting, would hold Keras's cores
+    with torch_threads(1), ThreadPoolExecutor(1) as other, torch.inference_mode():
         for dtype in results:
             network = model.to(getattr(torch, dtype)).eval()
             answers = one_ahead(other, keras.activations, on_layers, *keras_input, dtype)
@@ -141,16 +141,16 @@ def compare_numbers(
 
 
 @contextmanager
-def single_threaded() -> Iterator[None]:
-    """Let PyTorch compute on one core: its other threads, waiting, would keep Keras's cores busy."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads inside an operator."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def one_ahead(

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.paths import HDF5
+
 SAVE = "torch.save(model.state_dict(), ...) writes one"
 
 
@@ -95,12 +97,12 @@ def check_archive(path: Path) -> None:
     archive's own table, before anything is unpacked.
     """
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(len(HDF5))
     if not start:
         raise ValueError(f"{path}: is empty, so damaged")
-    if start == b"\x89HDF":
+    if start == HDF5:
         raise ValueError(f"{path}: is an HDF5 file, not PyTorch's; if it is Keras's, convert.py converts it")
-    if start != b"PK\x03\x04":
+    if not start.startswith(b"PK\x03\x04"):
         return
     try:
         records = zipfile.ZipFile(path).infolist()

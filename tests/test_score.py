@@ -95,8 +95,10 @@ def test_a_network_in_train_mode_is_refused_and_unchanged(sample):
 
 
 def test_a_scaling_of_another_number_of_channels_is_refused(sample):
-    with pytest.raises(ValueError, match="mean and std have 2 and 3 values, the images 3 channels"):
+    with pytest.raises(ValueError, match="mean has 2 values, but the model's input has 3 channels"):
         score(random_model(), sample, mean=[0.0, 0.0])
+    one, each = (score(random_model(), sample, [120.0] * n, [64.0] * n) for n in (1, 3))
+    assert np.array_equal(one.log_probabilities, each.log_probabilities) and one.mean == each.mean
 
 
 def test_layer_activations_leave_no_hooks_when_the_network_fails(sample):

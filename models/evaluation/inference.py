@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.proof import torch_threads
 from models.resnet8 import ResNet8
 
 
@@ -105,11 +106,6 @@ def predict(
     # glibc returns freed memory to the system, to fetch it again page by page for the next batch: a third of
     # the time. Once it has seen a large block freed, it keeps as much (man mallopt, M_MMAP_THRESHOLD).
     torch.empty(31 * 2**20, dtype=torch.uint8)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))  # inside an operator
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            logits = list(track(pool.map(logits_from, starts), len(starts)))
-    finally:
-        torch.set_num_threads(threads)
+    with torch_threads(max(1, torch.get_num_threads() // workers)), ThreadPoolExecutor(workers) as pool:
+        logits = list(track(pool.map(logits_from, starts), len(starts)))
     return torch.cat(logits).cpu().double().numpy()

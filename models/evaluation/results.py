@@ -83,8 +83,8 @@ class Evaluation:
         for each in self.all_predictions:
             ran = each.throughput and (each.throughput["dtype"], each.throughput["device"])
             detail = f", {ran[0]} on {ran[1]}" if ran and ran != ("float32", "cpu") else ""
-            if each is self.keras:
-                detail = f", {each.format}" if each.format else ""
+            if each.format:
+                detail = f", {each.format}"
             lines.append(f"{each.name}: {each.path}{detail}")
         return "\n".join(lines)
 
