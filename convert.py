@@ -10,10 +10,9 @@ OUT.pt, a plain state_dict, and OUT.json, which says where it came from and what
 A checkpoint goes the same way back: Keras builds and saves the model, and what it saved is read, matched and
 compared as any Keras file is, before OUT.h5 (or OUT.keras) and OUT.h5.json are written.
 
-The rooms behind it: `models/keras/` reads Keras files and runs Keras, `models/graph.py` has the table of the
-network and matches a file to it, `models/mapping.py` has the table of transposes and renames, which
-`models/tensors.py` applies, `models/proof.py` compares, `models/checkpoint.py` reads and writes; both
-directions share the stages of `models/stages.py`.
+The rooms behind it: `models/keras/` reads Keras files and runs Keras, `models/conversion/` matches, maps and
+proves, in the five stages of its `stages.py`, by the table of `models/mapping.py`; `models/checkpoint.py` is
+the PyTorch side.
 """
 
 from __future__ import annotations
@@ -22,31 +21,37 @@ import argparse
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from data.cifar10 import DataError
-from models.errors import OutputExistsError, VerificationError
-from models.keras.file import read_keras_content, read_keras_file, start_reader
-from models.keras.process import KerasProcess
-from models.paths import KERAS_SUFFIXES, check_outputs, is_checkpoint, json_of
-from models.placing import graph_of, with_graph, with_rescaling
-from models.proof import compare_scaling
-from models.stages import input_metadata, map_rows, match, prove_counts, prove_numbers, verified_by
-from models.tensors import build_model, input_normalization, load_tensors
-from models.terminal import (
+from models.common.errors import OutputExistsError, VerificationError
+from models.common.terminal import (
     add_keras_python,
     add_scaling,
     beside_the_scripts,
     check_scaling,
-    describe_input,
-    one_a_channel,
     print_note,
     print_summary,
     run,
 )
-from models.worker import Worker, WorkerError
+from models.conversion.placing import graph_of, with_graph, with_rescaling
+from models.files.metadata import (
+    KERAS_SUFFIXES,
+    check_outputs,
+    is_checkpoint,
+    json_of,
+    write_with_json,
+    written_metadata,
+)
+from models.keras.file import read_keras_content, read_keras_file, start_reader
+from models.keras.process import KerasProcess
+from models.keras.worker import Worker, WorkerError
 
-# torch is imported where it is first needed: by then Keras and the reader are starting in their processes.
+# What needs torch is imported where a file is converted: by then Keras and the reader are starting.
 
 DEFAULT_INPUT = "checkpoints/resnet8_keras.h5"  # beside this script
 FAILURES = (ValueError, OutputExistsError, VerificationError, WorkerError, DataError, OSError)
@@ -54,41 +59,61 @@ WRITES_KERAS = "; a Keras file is written by Keras, so this way needs it"
 WITHOUT_KERAS = "; --no-verify converts without the comparison with Keras"
 
 
+class Job(NamedTuple):
+    """A file of the command line, and what it becomes."""
+
+    path: Path
+    output: Path
+    is_back: bool  # whether it is a checkpoint, on its way back to Keras
+
+    @property
+    def hint(self) -> str:
+        """What to do without Keras."""
+        return WRITES_KERAS if self.is_back else WITHOUT_KERAS
+
+
 def main() -> int:
     """Convert the files of the command line; return the exit status."""
     options = parse_arguments()
-    asks_keras = bool(options.checkpoints) or not options.no_verify
-    outcomes = []
+    back = [job for job in options.jobs if job.is_back]
+    asks_keras = bool(back) or not options.no_verify
     try:
         with (
             start_reader() as reader,
             KerasProcess(options.keras_python) if asks_keras else nullcontext() as keras,
         ):
-            for path, output in zip(options.files, options.outputs, strict=True):
-                common = path, output, reader, keras, options.mean, options.std
-                verify, verbose = not options.no_verify, options.verbose
-                try:
-                    check_outputs(output, options.force)
-                    if path in options.checkpoints:
-                        metadata = convert_back(*common, options.rescaling, verify, verbose)
-                    else:
-                        metadata = convert_file(*common, options.bn_eps, verify, verbose)
-                    outcomes.append((path, metadata, str(output)))
-                except FAILURES as error:
-                    message = str(error).removeprefix(f"{path}: ")
-                    if isinstance(error, OSError):  # what cannot be read is a KerasFileError or a ValueError
-                        message = f"cannot write {output} and its .json: {error.strerror}"
-                    if isinstance(error, WorkerError):
-                        print(error.log, file=sys.stderr, end="")
-                        message += WRITES_KERAS if path in options.checkpoints else WITHOUT_KERAS
-                    print(f"error: {path}: {message}", file=sys.stderr)
-                    outcomes.append((path, None, message))
+            outcomes = [convert(job, options, reader, keras) for job in options.jobs]
     except WorkerError as error:
-        print(f"error: {error}{WRITES_KERAS if options.checkpoints else WITHOUT_KERAS}", file=sys.stderr)
+        print(f"error: {error}{(back or options.jobs)[0].hint}", file=sys.stderr)
         return 1
     if len(outcomes) > 1:
         print_summary(outcomes)
     return int(any(metadata is None for _, metadata, _ in outcomes))
+
+
+def convert(
+    job: Job, options: argparse.Namespace, reader: Worker, keras: KerasProcess | None
+) -> tuple[Path, dict | None, str]:
+    """Convert one file; return its path, metadata and output, or None and why not, which is printed."""
+    path, output, is_back = job
+    fed, verify, verbose = (options.mean, options.std), not options.no_verify, options.verbose
+    try:
+        check_outputs(output, options.force)
+        if is_back:
+            metadata = convert_back(path, output, reader, keras, *fed, options.rescaling, verify, verbose)
+        else:
+            against = keras if verify else None
+            metadata = convert_file(path, output, reader, against, *fed, options.bn_eps, verbose)
+        return path, metadata, str(output)
+    except FAILURES as error:
+        message = str(error).removeprefix(f"{path}: ")
+        if isinstance(error, OSError):  # what cannot be read is a KerasFileError or a ValueError
+            message = f"cannot write {output} and its .json: {error.strerror}"
+        if isinstance(error, WorkerError):
+            print(error.log, file=sys.stderr, end="")
+            message += job.hint
+        print(f"error: {path}: {message}", file=sys.stderr)
+        return path, None, message
 
 
 def convert_file(
@@ -99,7 +124,6 @@ def convert_file(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     bn_eps: float = 1e-3,
-    verify: bool = True,
     verbose: bool = False,
 ) -> dict:
     """Convert one Keras file, verify it if there is a Keras process, write `output` and its JSON; return it.
@@ -107,47 +131,39 @@ def convert_file(
     `mean` and `std` (a value, or one a channel, in pixel units) say what the Keras model is fed:
     (pixel - mean) / std. Raises KerasFileError, VerificationError, WorkerError, OSError; writes nothing then.
     """
-    # Read: the file's layers in one form, whatever its format
+    # Read: the file's layers in one form, whatever its format, and what its model is fed
     file = with_graph(read_keras_file(path, reader), bn_eps)
-    print(f"{path}: {file.format}")
-    for note in file.notes:
-        print_note(note, indent="  ")
+    introduce(path, file.format, file.notes)
+    written = written_metadata(path, file.sha256).get("input", {})
+    mean, std = mean or written.get("mean"), std or written.get("std")
 
-    # Match: each layer in its place in the network
-    places = match(file)
+    # Match, map, and prove that every layer computes what Keras's computes
+    from models.checkpoint import architecture_of, write_checkpoint
+    from models.conversion.stages import prove
 
-    # Map: each tensor, its axes in PyTorch's order, under its PyTorch key
-    from models.checkpoint import write_checkpoint, written_metadata
-
-    model, arguments = build_model(places)
-    channels, written = arguments["in_channels"], written_metadata(path, file.sha256).get("input", {})
-    keras_input = (
-        one_a_channel("--mean", mean or written.get("mean", [0.0]), channels),
-        one_a_channel("--std", std or written.get("std", [1.0]), channels),
-    )
-    pytorch_input = input_normalization(file, places, *keras_input)
-    rows = map_rows(places, model, verbose)
-
-    # Prove: nothing is missing, and every layer computes what Keras's computes
-    loaded = prove_counts(file, rows, model, keras if verify else None)
-    load_tensors(model, rows)
-    results = prove_numbers(file, places, model, keras, loaded, keras_input, pytorch_input)
+    proven = prove(file, mean, std, keras, verbose)
 
     # Write: the state_dict, and what there is to know about it
+    architecture = architecture_of(proven.model)
     metadata = {
-        "architecture": arguments,
+        "architecture": architecture,
         "source": {
             "file": os.path.relpath(path, output.parent),
             "sha256": file.sha256,
             "format": file.format,
             "keras_version": file.keras_version,
             "assumed": file.assumed,
-            "input": {"mean": keras_input[0], "std": keras_input[1]},
+            "input": asdict(proven.keras_input),
         },
-        "input": input_metadata("NCHW", [channels, *file.input_shape[:2]], *pytorch_input),
-        **verified_by(results),
+        "input": {
+            "layout": "NCHW",
+            "shape": [architecture["in_channels"], *file.input_shape[:2]],
+            "range": [0, 255],
+            **asdict(proven.pytorch_input),
+        },
+        **proof_of(proven.results),
     }
-    metadata = write_checkpoint(output, model, metadata)
+    metadata = write_checkpoint(output, proven.model, metadata)
     print(f"  wrote {output} and {json_of(output)}")
     return metadata
 
@@ -169,58 +185,72 @@ def convert_back(
     does not; the Keras model is fed the same, or, with `rescaling`, plain pixels. Raises ValueError for what
     is no checkpoint, VerificationError, WorkerError, OSError; writes nothing then.
     """
-    # Read: the network, what it is fed, and BatchNorm's constants
-    from models.checkpoint import read_checkpoint, write_with_json
-    from models.resnet8 import ResNet8
+    from models.checkpoint import architecture_of, read_checkpoint
+    from models.conversion.proof import compare_scaling
+    from models.conversion.stages import prove
 
+    # Read: the network, what it is fed, and BatchNorm's constants
     try:
-        checkpoint = read_checkpoint(ResNet8, path).fed(mean, std)
+        checkpoint = read_checkpoint(path).fed(mean, std)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    model, arguments = checkpoint.model, checkpoint.arguments
+    scaling, architecture = checkpoint.scaling, architecture_of(checkpoint.model)
     channels, *image_size = checkpoint.input_shape
-    print(f"{path}: PyTorch state_dict")
-    for note in checkpoint.notes:
-        print_note(note, indent="  ")
+    introduce(path, "PyTorch state_dict", checkpoint.notes)
 
-    # Map: each tensor, its axes in Keras's order, in its place in the graph; then Keras builds and saves it
-    norm = {"epsilon": arguments["bn_eps"], "momentum": round(1 - arguments["bn_momentum"], 12)}
-    layers = graph_of({key: value.numpy() for key, value in model.state_dict().items()}, image_size, norm)
-    keras_input = pytorch_input = (checkpoint.mean, checkpoint.std)
-    if rescaling:
-        layers = with_rescaling(layers, *pytorch_input)
-        keras_input = ([0.0] * channels, [1.0] * channels)
-    content = keras.build(layers, output.suffix)
+    # Build: Keras is given the graph and its arrays, and saves it; what it saved is read as any Keras file is
+    norm = {"epsilon": architecture["bn_eps"], "momentum": round(1 - architecture["bn_momentum"], 12)}
+    state = {key: value.numpy() for key, value in checkpoint.model.state_dict().items()}
+    layers = graph_of(state, image_size, norm)
+    layers = with_rescaling(layers, scaling) if rescaling else layers
+    file = read_keras_content(output, keras.build(layers, output.suffix), reader)
+    mean, std = (None, None) if rescaling else (scaling.mean, scaling.std)
 
-    # Match: what Keras saved is read as any Keras file is, and every tensor is the one that it was
-    file = read_keras_content(output, content, reader)
-    places = match(file)
-    if rescaling:
-        pytorch_input = input_normalization(file, places, *keras_input)
-        compare_scaling(pytorch_input, (checkpoint.mean, checkpoint.std))
-    rows = map_rows(places, model, verbose, is_loaded=True)
-
-    # Prove: nothing is missing, and every layer computes what PyTorch's computes
-    loaded = prove_counts(file, rows, model, keras if verify else None)
-    results = prove_numbers(file, places, model, keras, loaded, keras_input, pytorch_input)
+    # Match, map, and prove that every layer computes what PyTorch's computes
+    proven = prove(file, mean, std, keras if verify else None, verbose, checkpoint.model)
+    compare_scaling(proven.pytorch_input, scaling)
 
     # Write: the Keras file, and what there is to know about it
     metadata = {
-        "architecture": arguments,
+        "architecture": architecture,
         "source": {
             "file": os.path.relpath(path, output.parent),
             "sha256": checkpoint.sha256,
             "format": "PyTorch state_dict",
-            "input": {"mean": checkpoint.mean, "std": checkpoint.std},
+            "input": asdict(scaling),
         },
-        "input": input_metadata("NHWC", [*image_size, channels], *keras_input),
-        **verified_by(results, keras=file.keras_version),
+        "input": {
+            "layout": "NHWC",
+            "shape": [*image_size, channels],
+            "range": [0, 255],
+            **asdict(proven.keras_input),
+        },
+        **proof_of(proven.results, keras=file.keras_version),
         "sha256": file.sha256,
     }
     write_with_json(output, file.content, metadata)
-    print(f"  {describe_input('the Keras model', *keras_input)}")
+    print(f"  {proven.keras_input.says('the Keras model')}")
     print(f"  wrote {output} and {json_of(output)}")
     return metadata
+
+
+def introduce(path: Path, kind: str, notes: list[str]) -> None:
+    """Print which file it is, and what is to be said of it."""
+    print(f"{path}: {kind}")
+    for note in notes:
+        print_note(note, indent="  ")
+
+
+def proof_of(results: dict | None, **versions: str) -> dict:
+    """Return what the JSON says of the proof: its figures, by which versions of what, and when.
+
+    `versions` are those of libraries in other processes that have written the file.
+    """
+    return {
+        "verification": results,
+        "versions": {**{name: version(name) for name in ("torch", "numpy", "h5py")}, **versions},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -249,44 +279,44 @@ def parse_arguments() -> argparse.Namespace:
     check_scaling(parser, arguments)
     if not 0 < arguments.bn_eps < 1:
         parser.error("--bn-eps must be between 0 and 1")
-    bundled = beside_the_scripts(DEFAULT_INPUT)
-    arguments.files = arguments.files or [bundled]
-    arguments.checkpoints = [path for path in arguments.files if is_checkpoint(path)]
-    arguments.outputs = [
-        path.with_name("resnet8.pt")
-        if path.absolute() == bundled.absolute()
-        else path.with_suffix(".h5" if path in arguments.checkpoints else ".pt")
-        for path in arguments.files
-    ]
-    if arguments.rescaling and len(arguments.checkpoints) < len(arguments.files):
+    try:
+        arguments.jobs = jobs_of(arguments.files, arguments.output or "")
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.rescaling and not all(job.is_back for job in arguments.jobs):
         parser.error("--rescaling is for checkpoints: a Keras file has its own, or none")
-    if arguments.output:
-        output = Path(arguments.output)
-        is_folder = output.is_dir() or arguments.output.endswith(("/", os.sep))
-        if len(arguments.files) > 1 and output.suffix in (".pt", ".pth", *KERAS_SUFFIXES) and not is_folder:
-            parser.error(f"-o {output}: several files need a folder")
-        if len(arguments.files) > 1 or is_folder:
-            arguments.outputs = [output / path.name for path in arguments.outputs]
-        else:
-            arguments.outputs = [output]
-    twice = {output for output in arguments.outputs if arguments.outputs.count(output) > 1}
-    if twice:
-        parser.error(f"two of the files would be written to {min(twice)}")
-    sources = {path.resolve() for path in arguments.files}
-    for path, output in zip(arguments.files, arguments.outputs, strict=True):
-        if (path in arguments.checkpoints) != (output.suffix in KERAS_SUFFIXES):
-            wanted = (
-                "a checkpoint becomes .h5 or .keras"
-                if path in arguments.checkpoints
-                else "that is a Keras file's"
-            )
-            parser.error(f"-o {output}: {wanted} ({path})")
-        if output.suffix == ".json":
-            parser.error(f"-o {output}: the .json beside the checkpoint would be written over it")
-        if sources & {output.resolve(), json_of(output).resolve()}:
-            kind = "a checkpoint" if arguments.checkpoints else "a Keras file"
-            parser.error(f"{output} and its .json would be written over {kind}: name another with -o")
     return arguments
+
+
+def jobs_of(files: list[Path], output: str) -> list[Job]:
+    """Return what each file becomes. Raises ValueError with one line where `-o output` makes no sense."""
+    bundled = beside_the_scripts(DEFAULT_INPUT)
+    jobs = []
+    for path in files or [bundled]:
+        is_back = is_checkpoint(path)
+        becomes = path.with_suffix(".h5" if is_back else ".pt")
+        if path.absolute() == bundled.absolute():
+            becomes = path.with_name("resnet8.pt")
+        jobs.append(Job(path, becomes, is_back))
+    if output:
+        is_folder = Path(output).is_dir() or output.endswith(("/", os.sep))
+        if len(jobs) > 1 and Path(output).suffix in (".pt", ".pth", *KERAS_SUFFIXES) and not is_folder:
+            raise ValueError(f"-o {output}: several files need a folder")
+        into = len(jobs) > 1 or is_folder
+        jobs = [job._replace(output=Path(output, job.output.name) if into else Path(output)) for job in jobs]
+    outputs, sources = [job.output for job in jobs], {job.path.resolve() for job in jobs}
+    for path, output, is_back in jobs:
+        if outputs.count(output) > 1:
+            raise ValueError(f"two of the files would be written to {output}")
+        if is_back != (output.suffix in KERAS_SUFFIXES):
+            wanted = "a checkpoint becomes .h5 or .keras" if is_back else "that is a Keras file's"
+            raise ValueError(f"-o {output}: {wanted} ({path})")
+        if output.suffix == ".json":
+            raise ValueError(f"-o {output}: the .json beside the checkpoint would be written over it")
+        if sources & {output.resolve(), json_of(output).resolve()}:
+            kind = "a checkpoint" if any(job.is_back for job in jobs) else "a Keras file"
+            raise ValueError(f"{output} and its .json would be written over {kind}: name another with -o")
+    return jobs
 
 
 if __name__ == "__main__":

@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
+import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from data.cifar10 import CLASS_NAMES, DataError, Dataset, load_test
 from data.files import check_writable
-from models.evaluation.baseline import baseline_name, find_baseline, keras_predictions, will_ask_keras
+from models.common.terminal import (
+    Notes,
+    add_keras_python,
+    add_scaling,
+    beside_the_scripts,
+    check_scaling,
+    run,
+)
+from models.evaluation.baseline import keras_baseline
 from models.evaluation.metrics import (
     Predictions,
     check_guards,
@@ -31,17 +38,9 @@ from models.evaluation.metrics import (
     near_chance_notes,
     short_names,
 )
-from models.evaluation.results import RESULTS, Evaluation, Notes, progress_bar, write_results
-from models.keras.process import KerasProcess
-from models.terminal import (
-    add_keras_python,
-    add_scaling,
-    beside_the_scripts,
-    check_scaling,
-    one_a_channel,
-    run,
-)
-from models.worker import WorkerError
+from models.evaluation.results import RESULTS, Evaluation, write_results
+from models.keras.worker import WorkerError
+from models.scaling import Scaling
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +59,7 @@ def main() -> int:
     """Evaluate; return the exit status."""
     options = parse_arguments()
     try:
-        # Keras takes seconds to start: where it is asked before all else, it does so while torch is imported
-        asked_first = not options.no_keras and not options.compare  # these are predicted, and timed, before
-        is_asked = asked_first and will_ask_keras(options.checkpoint, options.keras)
-        with KerasProcess(options.keras_python) if is_asked else nullcontext() as keras:
-            return evaluate(options, keras)
+        return evaluate(options)
     except WorkerError as error:
         print(error.log, file=sys.stderr, end="")
         message = f"{error}; --no-keras evaluates without the baseline"
@@ -78,56 +73,34 @@ def main() -> int:
     return 1
 
 
-def evaluate(options: argparse.Namespace, keras_process: KerasProcess | None) -> int:
+def evaluate(options: argparse.Namespace) -> int:
     """Evaluate the checkpoints of the command line, print and write the results, return the exit status."""
     notes = Notes()
-    # before the work, not after it
-    check_writable(options.output / name for name in RESULTS[: 2 + options.report])
+    check_writable(options.output / name for name in RESULTS[: 2 + options.report])  # before the work
     dataset = load_test(options.data_dir, options.data, options.download)
     if dataset.notice:
         notes.add(dataset.notice)
 
-    # Load, and predict.
-    from models.evaluation.inference import choose_device  # and with it torch
-
+    # Load and predict: one at a time, so that memory does not grow; ours last, beside Keras
+    predict = predictor(dataset, options)
     name, *compared_names = short_names([options.checkpoint, *options.compare])
-    predict = partial(
-        predict_all,
-        dataset=dataset,
-        device=choose_device(options.device, options.dtype),
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        workers=options.workers,
-    )
     checkpoint = load_checkpoint(
         options.checkpoint, dataset, notes, options.mean, options.std, dtype=options.dtype
     )
-    # One at a time, so that memory does not grow; before Keras, so that a bad one shows early.
     compared, origins = [], {name: checkpoint.origin}
     for path, compared_name in zip(options.compare, compared_names, strict=True):
         other = load_checkpoint(path, dataset, notes, like=checkpoint, dtype=options.dtype)
         compared.append(predict(other, compared_name))
         origins[compared_name] = other.origin
-
-    # Compare with Keras.
-    keras_file = None if options.no_keras else find_baseline(checkpoint, options.keras, notes)
-    if options.max_drop is not None and not keras_file and not compared:
-        raise ValueError("--max-drop: there is neither a Keras baseline nor a --compare to measure a drop by")
     keras = None
-    if keras_file:
-        keras_name, python = baseline_name(keras_file, name, origins, notes), options.keras_python
-        keras = keras_predictions(keras_name, keras_file, checkpoint, dataset, python, notes, keras_process)
-    # Folding BatchNorm changes the rounding, so it takes a reference to hold it to. Checkpoints that are
-    # compared are all run alike: not folded.
-    fold = bool(keras) and checkpoint.is_as_converted and not compared and options.dtype == "float32"
-    ours = predict(checkpoint, name, fold=fold)
-    if fold and compare(keras, ours)["max_abs_probability_difference"] > MAX_FOLDED_DIFFERENCE:
-        notes.add(
-            f"folded, a probability was {MAX_FOLDED_DIFFERENCE:g} or more from Keras's: unfolded instead"
-        )
-        ours = predict(checkpoint, name)
+    if not options.no_keras:
+        keras = keras_baseline(checkpoint, options.keras, origins, dataset, options.keras_python, notes)
+    if options.max_drop is not None and not keras and not compared:
+        raise ValueError("--max-drop: there is neither a Keras baseline nor a --compare to measure a drop by")
+    may_fold = checkpoint.is_as_converted and not compared and options.dtype == "float32"
+    ours = predict_folded(predict, checkpoint, name, keras, notes) if may_fold else predict(checkpoint, name)
 
-    # Print and write.
+    # Print and write
     for near_chance in near_chance_notes(ours, compared, keras, options.mean or options.std):
         notes.add(near_chance)
     guards = check_guards([ours, *compared], keras or ours, options.min_accuracy, options.max_drop)
@@ -135,7 +108,11 @@ def evaluate(options: argparse.Namespace, keras_process: KerasProcess | None) ->
     print(f"\n{evaluation.summary}")
     written = write_results(evaluation, options.output, options.report)
     print(f"wrote {', '.join(map(str, written))}")
+    return print_shortfalls(guards)
 
+
+def print_shortfalls(guards: list[dict]) -> int:
+    """Print which bounds of --min-accuracy and --max-drop are not met; return the exit status."""
     unmet = [guard for guard in guards if not guard["met"]]
     for guard in unmet:
         below = f" below {guard['below']}" if "below" in guard else ""
@@ -161,9 +138,8 @@ def load_checkpoint(
     import torch
 
     from models.checkpoint import read_checkpoint
-    from models.resnet8 import ResNet8
 
-    checkpoint = read_checkpoint(ResNet8, path, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    checkpoint = read_checkpoint(path, dtype=torch.float64 if dtype == "float64" else torch.float32)
     if checkpoint.read_as:
         notes.add(checkpoint.read_as)
     channels, classes = checkpoint.model.conv1.in_channels, checkpoint.model.fc.out_features
@@ -179,7 +155,7 @@ def load_checkpoint(
         checkpoint = checkpoint.fed(mean, std)
     elif "mean" not in described or "std" not in described:
         assumed = f"fed as {like.path.name}" if like else "pixels from 0 to 255 are assumed"
-        checkpoint = replace(checkpoint, mean=like.mean, std=like.std) if like else checkpoint
+        checkpoint = replace(checkpoint, scaling=like.scaling) if like else checkpoint
         notes.add(
             f"{described_in} does not say what {path.name} is fed: {assumed}"
             + ("" if like else "; --mean and --std say it, or a copy of the original's .json under that name")
@@ -191,37 +167,45 @@ def load_checkpoint(
     return checkpoint
 
 
-def predict_all(
-    checkpoint: Checkpoint,
-    name: str,
-    dataset: Dataset,
-    device: torch.device,
-    dtype: str,
-    batch_size: int | None,
-    workers: int | None,
-    fold: bool = False,
-) -> Predictions:
-    """Return what a checkpoint's network makes of the images, on a device, in a dtype, folded or not.
-
-    `batch_size` and `workers` are the command line's; None suits the device.
-    """
+def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Predictions]:
+    """Return the function that predicts all images as the command line says: `(checkpoint, name, fold)`."""
     import torch
 
     from models.evaluation import inference
 
-    model = inference.prepare(checkpoint.model, device, getattr(torch, dtype), fold)
+    device = inference.choose_device(options.device, options.dtype)
     suitable = inference.batches_for(device)
-    batch_size, workers = batch_size or suitable[0], workers or suitable[1]
-    found = score(model, dataset, checkpoint.mean, checkpoint.std, name, batch_size, workers, checkpoint.path)
-    ran = {"device": device.type, "dtype": dtype, "batch_norm_folded": fold}
-    return replace(found, throughput={**found.throughput, **ran})
+    batch_size, workers = options.batch_size or suitable[0], options.workers or suitable[1]
+
+    def predict(checkpoint: Checkpoint, name: str, fold: bool = False) -> Predictions:
+        model = inference.prepare(checkpoint.model, device, getattr(torch, options.dtype), fold)
+        scaling, path = checkpoint.scaling, checkpoint.path
+        found = inference.measure(model, dataset, scaling, name, batch_size, workers, path)
+        ran = {"device": device.type, "dtype": options.dtype, "batch_norm_folded": fold}
+        return replace(found, throughput={**found.throughput, **ran})
+
+    return predict
+
+
+def predict_folded(
+    predict: Callable, checkpoint: Checkpoint, name: str, keras: Predictions | None, notes: Notes
+) -> Predictions:
+    """Predict with BatchNorm folded, which changes the rounding, as long as Keras is there to hold it to."""
+    if keras:
+        ours = predict(checkpoint, name, fold=True)
+        if compare(keras, ours)["max_abs_probability_difference"] <= MAX_FOLDED_DIFFERENCE:
+            return ours
+        notes.add(
+            f"folded, a probability was {MAX_FOLDED_DIFFERENCE:g} or more from Keras's: unfolded instead"
+        )
+    return predict(checkpoint, name)
 
 
 def score(
     network: Callable[[torch.Tensor], torch.Tensor | np.ndarray],
     dataset: Dataset,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
+    mean: ArrayLike | None = None,
+    std: ArrayLike | None = None,
     name: str = "network",
     batch_size: int = 100,
     workers: int = 1,
@@ -231,34 +215,20 @@ def score(
 
     `network` is any function of a (N, 3, 32, 32) float32 tensor that gives (N, 10) logits, a tensor or an
     array: quantized, exported, compiled, or of another runtime. It is fed (pixel - mean) / std, `mean` and
-    `std` a value, or one a channel, in pixel units; without them plain pixels, 0 to 255. `workers` threads
-    call it at a time. Raises ValueError when it is in train mode, or its outputs are none, NaN or infinite.
+    `std` a value, or one a channel, in pixel units; without them what `ResNet8.from_checkpoint` has read of
+    it, or else plain pixels, 0 to 255. `workers` threads call it at a time. Warns when it is near chance, as
+    it is when it is fed wrongly. Raises ValueError when it is in train mode, or its outputs are none, NaN or
+    infinite.
     """
-    import torch
+    from models.evaluation.inference import measure
 
-    from models.evaluation import inference
-
-    channels = dataset.images.shape[1]
-    mean = one_a_channel("mean", mean or [0.0], channels)
-    std = one_a_channel("std", std or [1.0], channels)
-    modules = network.modules() if isinstance(network, torch.nn.Module) else ()
-    if any(isinstance(module, torch.nn.BatchNorm2d) and module.training for module in modules):
-        raise ValueError(f"{path or name}: is in train mode, in which every batch changes it: network.eval()")
-    start = time.perf_counter()
-    logits = inference.predict(network, dataset.images, mean, std, batch_size, workers, progress_bar(name))
-    seconds = time.perf_counter() - start
-    if logits.shape != (len(dataset.labels), len(CLASS_NAMES)):
-        raise ValueError(f"{path or name}: the network's outputs have shape {logits.shape}")
-    if not np.isfinite(logits).all():
-        raise ValueError(f"{path or name}: the network's outputs are NaN or infinite")
-    throughput = {
-        "seconds": seconds,
-        "images_per_second": len(logits) / seconds,
-        "batch_size": batch_size,
-        "workers": workers,
-    }
-    log_probabilities = torch.from_numpy(logits).log_softmax(dim=1).numpy()
-    return Predictions(name, path, log_probabilities, dataset.labels, mean, std, throughput)
+    known = getattr(network, "scaling", None) or Scaling.given(dataset.images.shape[1])
+    scaling = known.overruled(mean, std)
+    found = measure(network, dataset, scaling, name, batch_size, workers, path)
+    if found.is_near_chance:
+        fed = f"mean {scaling.mean}, std {scaling.std}"
+        warnings.warn(f"{name} is near chance: most likely it is to be fed otherwise ({fed})", stacklevel=2)
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -32,13 +32,12 @@ after He et al. 2015 (arXiv:1512.03385). Module names are torchvision's (torchvi
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from models.checkpoint import read_checkpoint
 
 
 @torch.fx.wrap  # a step of its own in a traced network: the size is not known there, and `max` is a decision
@@ -121,14 +120,40 @@ class ResNet8(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], bn_eps: float = 1e-3, bn_momentum: float = 0.01
+    ) -> "ResNet8":
+        """Return the network of the shape that the tensors have, with these very tensors, in eval mode.
+
+        Raises ValueError with one line when they are not a ResNet8's.
+        """
+        try:
+            num_classes = state["fc.weight"].shape[0]
+            width, in_channels, *_ = state["conv1.weight"].shape
+            with torch.device("meta"):  # shapes without memory: a file can claim any width
+                model = cls(num_classes, width, in_channels, bn_eps, bn_momentum)
+            model.load_state_dict(state, assign=True)
+        except KeyError as error:
+            inner = [name for name in state if name.endswith(f".{error.args[0]}")]
+            hint = f" ({inner[0]} is one of a larger model's: save its ResNet8 alone)" if inner else ""
+            raise ValueError(f"no tensor {error}: not a ResNet8's state_dict{hint}") from None
+        except (RuntimeError, IndexError, ValueError) as error:
+            reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
+            raise ValueError(f"not a ResNet8's state_dict: {reasons}") from None
+        return model.eval()
+
+    @classmethod
     def from_checkpoint(cls, path: str | Path, map_location: str | torch.device = "cpu") -> "ResNet8":
         """Return the network of a `convert.py` checkpoint, of the shape its tensors have, in eval mode.
 
         BatchNorm's epsilon and momentum come from the JSON file beside the checkpoint, or are the defaults
-        where there is none. No code in the file is run (`weights_only=True`). Raises OSError when a file
-        cannot be read, ValueError with one line when it is not a ResNet8's state_dict.
+        where there is none; so does what the network is fed, its `scaling` (`models/scaling.py`). No code in
+        the file is run (`weights_only=True`). Raises OSError when a file cannot be read, ValueError with one
+        line when it is not a ResNet8's state_dict.
         """
-        checkpoint = read_checkpoint(cls, Path(path), map_location)
-        if checkpoint.read_as:
-            warnings.warn(checkpoint.read_as, stacklevel=2)
-        return checkpoint.model
+        from models.files.state_dict import read_network  # all else in this file needs torch alone
+
+        network, _, read_as = read_network(cls, Path(path))
+        if read_as:
+            warnings.warn(read_as, stacklevel=2)
+        return network.to(map_location)

@@ -24,12 +24,12 @@ from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
 from convert import convert_file
-from models.errors import KerasFileError
-from models.graph import match_graph
+from models.common.errors import KerasFileError
+from models.conversion.matching import match_graph
+from models.conversion.tensors import map_tensors
 from models.keras.file import read_keras_file, start_reader
 from models.keras.process import KerasProcess
 from models.resnet8 import ResNet8
-from models.tensors import map_tensors
 from tests.evaluating import converted, real, sample  # noqa: F401  # fixtures
 from tests.keras_files.networks import WRITERS
 

@@ -20,9 +20,9 @@ from collections import Counter
 from pathlib import Path
 
 from convert import convert_file
-from models.errors import KerasFileError, VerificationError
+from models.common.errors import KerasFileError, VerificationError
 from models.keras.file import start_reader
-from models.worker import Worker
+from models.keras.worker import Worker
 from tests.keras_files.damage import damage
 from tests.keras_files.networks import WRITERS
 

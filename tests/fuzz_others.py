@@ -151,8 +151,8 @@ def fuzz_json(folder: Path) -> tuple[Callable, Callable]:
     def read(content: bytes) -> None:
         (folder / "model.json").write_bytes(content)
         checkpoint = load_checkpoint(folder / "model.pt", dataset, Silent())
-        assert len(checkpoint.mean) == len(checkpoint.std) == 3
-        assert np.isfinite([*checkpoint.mean, *checkpoint.std]).all() and all(checkpoint.std)
+        mean, std = checkpoint.scaling.mean, checkpoint.scaling.std
+        assert len(mean) == len(std) == 3 and np.isfinite([*mean, *std]).all() and all(std)
 
     return damage, read
 

@@ -21,20 +21,22 @@ from torch import nn
 import convert
 from convert import convert_back, convert_file
 from evaluate import score
-from models import placing, proof, resnet8
+from models import resnet8
 from models.checkpoint import read_checkpoint, save_checkpoint
-from models.errors import KerasFileError, VerificationError
+from models.common.errors import KerasFileError, VerificationError
+from models.common.terminal import Notes
+from models.conversion import placing, proof
+from models.conversion.matching import match_graph
+from models.conversion.placing import graph_of, with_rescaling
+from models.conversion.tensors import map_tensors
 from models.evaluation.baseline import find_baseline
-from models.evaluation.results import Notes
-from models.graph import GRAPH, match_graph
+from models.graph import GRAPH
 from models.keras.file import read_keras_file
 from models.keras.process import KerasProcess
+from models.keras.worker import WorkerError
 from models.mapping import MAPPING
-from models.placing import graph_of, with_rescaling
-from models.proof import normalize
 from models.resnet8 import ResNet8
-from models.tensors import map_tensors
-from models.worker import WorkerError
+from models.scaling import Scaling
 from tests.conftest import ROOT, run_programs
 from tests.evaluating import SHARED, refused
 from tests.keras_files.networks import VARIANTS
@@ -56,6 +58,9 @@ def checkpoint(reference_files, reader, tmp_path):
     folder = tmp_path / "here"
     convert_file(tmp_path / "source.h5", folder / "odd.pt", reader, **INPUT)
     return folder / "odd.pt"
+
+
+PLAIN = Scaling.given(3)
 
 
 @pytest.fixture
@@ -107,7 +112,7 @@ def test_round_trip(keras_files, expected, reader, keras, tmp_path, name):
 
     images = expected[writer][f"{name}:images"].transpose(0, 3, 1, 2)
     keras.load(read_keras_file(written, reader))
-    outputs = keras.activations(images, back["input"]["mean"], back["input"]["std"], "float64")["fc"]
+    outputs = keras.activations(images, PLAIN.updated(back["input"]), "float64")["fc"]
     theirs = log_probabilities(expected[writer][f"{name}:outputs"]).exp().numpy()
     assert np.abs(outputs - theirs).max() <= 1e-12
 
@@ -124,7 +129,7 @@ def test_round_trip_of_real_models(path, reader, keras, sample, tmp_path):
     for each in (path, tmp_path / "written.h5"):
         file = read_keras_file(each, reader)
         keras.load(file)
-        found = keras.activations(sample.images[:20], [0.0] * 3, [1.0] * 3, "float64")
+        found = keras.activations(sample.images[:20], PLAIN, "float64")
         outputs.append(found[file.layers[-1].name])
     assert np.abs(outputs[0] - outputs[1]).max() <= 1e-12
     assert np.abs(np.diff(outputs[0], axis=0)).max() > 0.1
@@ -474,7 +479,7 @@ def used(reference_files, reader, keras, tmp_path_factory):
 def fed(folder, images, reader):
     """Return (N, H, W, C) pixels as the network is fed them: as the written file's Rescaling makes them."""
     scaling = convert_file(folder / "model.h5", folder / "again.pt", reader)["input"]
-    return normalize(images.transpose(0, 3, 1, 2), scaling["mean"], scaling["std"])
+    return PLAIN.updated(scaling).of(images.transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -525,13 +530,13 @@ def test_fine_tuned_network_scores_the_same(reader, keras, sample, tmp_path, few
     metadata = convert_back(tmp_path / "tuned.pt", tmp_path / "tuned.keras", reader, keras)
     assert metadata["verification"]["float64"]["activations"] <= 1e-10
     ours = score(model, sample)
-    theirs = keras.predict(sample.images, [0.0] * 3, [1.0] * 3)
+    theirs = keras.predict(sample.images, PLAIN)
     assert np.array_equal(ours.classes, theirs.argmax(axis=1))
     assert np.abs(ours.probabilities - theirs).max() <= 1e-5
     assert 20 < (ours.classes != before.classes).sum() < 500
 
     # evaluate.py --keras FILE: these are two files of one model, a stranger's is named
-    tuned = read_checkpoint(ResNet8, tmp_path / "tuned.pt")
+    tuned = read_checkpoint(tmp_path / "tuned.pt")
     (tmp_path / "stranger.keras").write_bytes(b"another")
     for file, said in (
         (tmp_path / "tuned.keras", []),
@@ -679,7 +684,7 @@ def test_wrong_rescaling_is_found(checkpoint, reader, keras, monkeypatch):
     monkeypatch.setattr(
         convert,
         "with_rescaling",
-        lambda layers, mean, std: with_rescaling(layers, [-value for value in mean], std),
+        lambda layers, fed: with_rescaling(layers, Scaling([-value for value in fed.mean], fed.std)),
     )
     with pytest.raises(VerificationError, match="Rescaling layer's mean and std are"):
         convert_back(checkpoint, checkpoint.parent / "odd.h5", reader, keras, rescaling=True, verify=False)

@@ -20,8 +20,10 @@ import torch
 
 import convert
 from data.cifar10 import DataError
-from models import checkpoint, proof, terminal
-from models.proof import count_parameters
+from models.common import terminal
+from models.conversion import proof
+from models.conversion.proof import count_parameters
+from models.files import metadata
 from models.resnet8 import ResNet8
 from tests.conftest import ROOT
 from tests.faults import files_in
@@ -533,7 +535,7 @@ def test_damaged_sample_is_one_line(model_file, keras, old_outputs, command, mon
 
 def test_full_disk_leaves_the_old_files(model_file, old_outputs, command, monkeypatch):
     output, untouched = old_outputs
-    write_files = checkpoint.write_files
+    write_files = metadata.write_files
 
     def until_full(writers):
         def full(target):
@@ -542,7 +544,7 @@ def test_full_disk_leaves_the_old_files(model_file, old_outputs, command, monkey
 
         write_files({path: full if path.suffix == ".json" else write for path, write in writers.items()})
 
-    monkeypatch.setattr(checkpoint, "write_files", until_full)
+    monkeypatch.setattr(metadata, "write_files", until_full)
     status, _, errors = command(model_file, "--no-verify", "-o", output)
     assert status == 1
     assert len(errors) == 1 and "No space left on device" in errors[0]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import evaluate
-from models import terminal
+from models.common import terminal
 from models.resnet8 import ResNet8
 from tests.evaluating import (
     ROOT,

@@ -1,4 +1,4 @@
-"""models/graph.py: the table is our network's, a file's layers find their places, and other networks none."""
+"""models/graph.py: the table is our network's, files' layers find their places, other networks none."""
 
 import json
 import operator

@@ -1,4 +1,4 @@
-"""models/proof.py: every mistake is found, and the first layer that it makes differ is named."""
+"""models/conversion/proof.py: every mistake is found, and the first layer that it makes differ is named."""
 
 import re
 from dataclasses import replace
@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-import convert
 from convert import convert_file
-from models import proof, resnet8, stages
-from models.errors import VerificationError
-from models.graph import GRAPH, match_graph
+from models import resnet8
+from models.common.errors import VerificationError
+from models.conversion import proof, stages
+from models.conversion.matching import match_graph
+from models.conversion.proof import count_parameters
+from models.conversion.tensors import map_tensors
+from models.graph import GRAPH
 from models.keras.file import read_keras_file
 from models.mapping import MAPPING
-from models.proof import count_parameters
 from models.resnet8 import ResNet8
-from models.tensors import map_tensors
+from models.scaling import Scaling
 
 INPUT = {"mean": [120.0], "std": [64.0]}  # what the random networks are fed is of the order of 1
 
@@ -53,14 +55,14 @@ def change_model(change):
     """Return a mistake: the network itself changed."""
 
     def apply(patch):
-        build = convert.build_model
+        build = stages.build_model
 
         def mistaken(places):
-            model, arguments = build(places)
+            model = build(places)
             change(model)
-            return model, arguments
+            return model
 
-        patch.setattr(convert, "build_model", mistaken)
+        patch.setattr(stages, "build_model", mistaken)
 
     return apply
 
@@ -143,7 +145,7 @@ MISTAKES = {  # what is done wrong -> the first layer that computes something el
         "probabilities",
     ),
     "the input not normalized": (
-        lambda patch: patch.setattr(convert, "input_normalization", lambda *_: ([0.0], [1.0])),
+        lambda patch: patch.setattr(stages, "input_normalization", lambda *_: Scaling([0.0], [1.0])),
         "conv1",
     ),
 }
@@ -223,9 +225,9 @@ def test_verification_takes_real_and_random_images(reference_files, reader, kera
     def count(name):
         ask = getattr(keras, name)
 
-        def counted(images, mean, std, dtype):
+        def counted(images, scaling, dtype):
             asked.setdefault((name, dtype), []).append(images)
-            return ask(images, mean, std, dtype)
+            return ask(images, scaling, dtype)
 
         monkeypatch.setattr(keras, name, counted)
 

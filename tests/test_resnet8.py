@@ -1,6 +1,11 @@
 """models/resnet8.py: the network's shape, what traces and compiles it, and its padding against Keras's."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -261,3 +266,31 @@ def test_pytorchs_own_padding_is_not_same(reference):
         ours = conv(image[:, :, :size, : 41 - size]).detach().numpy()
         difference = np.abs(ours - reference[f"same:3:2:{size}"].transpose(0, 3, 1, 2)).max()
         assert difference > 0.1, size  # size or 41 - size is even
+
+
+def test_the_file_works_alone_in_another_project(converted, tmp_path):
+    """Copied into an empty folder, with torch and nothing else to import."""
+    shutil.copy(resnet8.__file__, tmp_path)
+    program = """
+import sys
+class Blocked:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ("numpy", "h5py", "rich", "tensorflow", "torchvision", "models", "data"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked)
+import torch
+from resnet8 import ResNet8
+state = torch.load(sys.argv[1], weights_only=True)
+loaded, made = ResNet8(), ResNet8.from_state_dict(state)
+loaded.load_state_dict(state)
+images = 255 * torch.rand(2, 3, 32, 32)
+assert torch.equal(loaded.eval()(images), made(images)) and made(images).shape == (2, 10)
+print(made(torch.full((1, 3, 32, 32), 128.0)).tolist())
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program, converted[0] / "model.pt"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    alone = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    with torch.inference_mode():
+        here = ResNet8.from_checkpoint(converted[0] / "model.pt")(torch.full((1, 3, 32, 32), 128.0))
+    assert torch.allclose(torch.tensor(json.loads(alone.stdout)), here, rtol=1e-5)

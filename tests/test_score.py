@@ -1,6 +1,9 @@
 """evaluate.score: any function of a batch, measured as the command measures a checkpoint."""
 
+import copy
 import inspect
+import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,11 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import compare, score
-from models.evaluation.inference import fold_batch_norm
+from models.activations import layer_activations
+from models.equivalents import fold_batch_norm
 from models.graph import GRAPH
-from models.proof import layer_activations
+from models.resnet8 import ResNet8
 from tests.evaluating import evaluated, random_model, save, scaling
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* is near chance")  # random weights
 FED = {"mean": [120.0] * 3, "std": [64.0] * 3}
 
 
@@ -25,7 +30,39 @@ def test_it_is_what_the_command_measures(tmp_path, sample):
     assert metrics["pytorch"]["confusion_matrix"] == found.metrics["confusion_matrix"]
     assert metrics["pytorch"]["per_class_accuracy"] == found.metrics["per_class_accuracy"]
     assert metrics["pytorch"]["loss"] == pytest.approx(found.metrics["loss"], rel=1e-6)
-    assert (found.mean, found.std) == (FED["mean"], FED["std"])
+    assert asdict(found.scaling) == FED
+
+
+def test_a_network_knows_what_it_is_fed(tmp_path, sample):
+    """`from_checkpoint` reads it from the JSON; what `score` is told goes before it."""
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    model = ResNet8.from_checkpoint(tmp_path / "model.pt")
+    expected = score(random_model(), sample, **FED)
+    for network in (model, fold_batch_norm(model), copy.deepcopy(model)):
+        found = score(network, sample)
+        assert asdict(found.scaling) == FED and found.metrics["correct"] == expected.metrics["correct"]
+    told = score(model, sample, mean=0, std=np.float32(255))
+    assert asdict(told.scaling) == {"mean": [0.0] * 3, "std": [255.0] * 3}
+    assert asdict(score(model, sample, std=[1, 2, 3]).scaling) == {
+        "mean": [120.0] * 3,
+        "std": [1.0, 2.0, 3.0],
+    }
+
+
+def test_near_chance_is_said(sample):
+    def network(correct):
+        wrong = (sample.labels + 1) % 10
+        classes = torch.from_numpy(np.where(np.arange(1000) < correct, sample.labels, wrong))
+        return iter(F.one_hot(classes, 10).float().split(100))
+
+    for correct, warns in ((190, True), (500, False)):
+        outputs = network(correct)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            score(lambda batch, outputs=outputs: next(outputs), sample, name="odd", std=255)
+        told = [str(warning.message) for warning in caught]
+        assert told == ["odd is near chance: most likely it is to be fed otherwise (mean [0.0, 0.0, 0.0], "
+                        "std [255.0, 255.0, 255.0])"] * warns  # fmt: skip
 
 
 def exported(model):
@@ -98,7 +135,7 @@ def test_a_scaling_of_another_number_of_channels_is_refused(sample):
     with pytest.raises(ValueError, match="mean has 2 values, but the model's input has 3 channels"):
         score(random_model(), sample, mean=[0.0, 0.0])
     one, each = (score(random_model(), sample, [120.0] * n, [64.0] * n) for n in (1, 3))
-    assert np.array_equal(one.log_probabilities, each.log_probabilities) and one.mean == each.mean
+    assert np.array_equal(one.log_probabilities, each.log_probabilities) and one.scaling == each.scaling
 
 
 def test_layer_activations_leave_no_hooks_when_the_network_fails(sample):

@@ -1,4 +1,4 @@
-"""models/state_dict.py: what training loops make of a state_dict is undone, with one note."""
+"""models/files/state_dict.py: what training loops make of a state_dict is undone, with one note."""
 
 import copy
 import warnings
@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from models.checkpoint import read_checkpoint, save_checkpoint
 from models.resnet8 import ResNet8
+from models.scaling import Scaling
 from tests.evaluating import evaluated, random_model, save, scaling
 
 
@@ -109,10 +110,10 @@ def test_a_double_file_keeps_its_bits_in_float64(tmp_path):
     with torch.no_grad():
         model.fc.bias += 1e-12  # lost in float32
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    kept = read_checkpoint(ResNet8, tmp_path / "model.pt", dtype=torch.float64)
+    kept = read_checkpoint(tmp_path / "model.pt", dtype=torch.float64)
     assert kept.read_as == ""
     assert all(torch.equal(kept.model.state_dict()[key], value) for key, value in model.state_dict().items())
-    rounded = read_checkpoint(ResNet8, tmp_path / "model.pt")
+    rounded = read_checkpoint(tmp_path / "model.pt")
     assert not torch.equal(rounded.model.fc.bias.double(), model.fc.bias)
 
 
@@ -203,8 +204,8 @@ def test_a_fine_tuned_network_is_saved_with_what_is_known_of_it(tmp_path):
     save(model, tmp_path / "model.pt", input=scaling(120.0, 64.0), verification={"layers": 27}, **described)
     (tmp_path / "sub").mkdir()
     save_checkpoint(model, tmp_path / "sub/tuned.pt", like=tmp_path / "model.pt")
-    tuned = read_checkpoint(ResNet8, tmp_path / "sub/tuned.pt")
-    assert (tuned.mean, tuned.std, tuned.model.bn1.eps) == ([120.0] * 3, [64.0] * 3, 5e-3)
+    tuned = read_checkpoint(tmp_path / "sub/tuned.pt")
+    assert (tuned.scaling, tuned.model.bn1.eps) == (Scaling([120.0] * 3, [64.0] * 3), 5e-3)
     assert (tmp_path / "sub" / tuned.metadata["source"]["file"]).resolve() == tmp_path / "model.h5"
     assert tuned.origin == "0" * 64
     assert not tuned.is_as_converted

@@ -1,4 +1,4 @@
-"""models/terminal.py on a terminal of 80 columns, and in a pipe."""
+"""models/common/terminal.py on a terminal of 80 columns, and in a pipe."""
 
 import os
 import subprocess
@@ -37,14 +37,14 @@ def in_a_pipe(program):
 NAME = "batch_normalization_1/moving_variance"
 ROWS = f"""
 import numpy as np
-from models.stages import print_rows
-from models.tensors import Row
+from models.conversion.stages import print_rows
+from models.conversion.tensors import Row
 array = np.zeros((3, 3, 16, 32), np.float32)
 print_rows([Row({NAME!r}, "kernel", (3, 2, 0, 1), "layer2.downsample.weight", array, None, (32, 16, 3, 3))])
 """
 SUMMARY = """
 from pathlib import Path
-from models.terminal import print_summary
+from models.common.terminal import print_summary
 done = {"verification": {"float64": {"probabilities": 4e-15}}}
 print_summary([
     (Path("a.h5"), done, "a.pt"), (Path("b.h5"), {"verification": None}, "b.pt"),
@@ -52,7 +52,7 @@ print_summary([
 ])
 """
 NOTE = f"""
-from models.terminal import print_note
+from models.common.terminal import print_note
 print_note("{"some-words " * 20}{NAME}", indent="  ")
 """
 
@@ -69,7 +69,7 @@ def test_names_are_printed_as_they_are():
     """They come from files: a bracket is no style, a colon no picture, and nothing else ends the command."""
     lines = in_a_pipe("""
 from pathlib import Path
-from models.terminal import print_summary
+from models.common.terminal import print_summary
 print_summary([(Path("a[bold].h5"), None, "layer 'x[/y]' :smile: is odd"), (Path("b.h5"), None, "w" * 1500)])
 """)
     assert "a[bold].h5" in lines[2] and "layer 'x[/y]' :smile: is odd" in lines[2]

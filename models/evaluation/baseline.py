@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,35 +12,22 @@ import numpy as np
 
 from data.cifar10 import CLASS_NAMES, Dataset
 from data.files import sha256_of, write_atomically
-from models.errors import KerasFileError
+from models.common.errors import KerasFileError
+from models.common.terminal import Notes
 from models.evaluation.metrics import Predictions
-from models.evaluation.results import Notes
-from models.paths import json_of
+from models.files.metadata import written_metadata
+from models.scaling import Scaling
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
-    from models.keras.process import KerasProcess
 
 ANSWERS, SAMPLE_ANSWERS = ".keras.npz", ".keras-sample.npz"  # kept beside the checkpoint, by the images
-
-
-def will_ask_keras(checkpoint: Path, keras_file: Path | None) -> bool:
-    """Return whether Keras will be asked, as far as one can tell without reading the checkpoint."""
-    if any(checkpoint.with_suffix(kept).exists() for kept in (ANSWERS, SAMPLE_ANSWERS)):
-        return False
-    try:
-        source = json.loads(json_of(checkpoint).read_text())["source"]["file"]
-        return (keras_file or checkpoint.parent / source).is_file()
-    except Exception:  # the run will say what is wrong
-        return False
 
 
 def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes) -> Path | None:
     """Return the Keras file to compare with: `keras_file`, else the checkpoint's source if still there."""
     source = checkpoint.metadata.get("source", {})
     if keras_file:
-        from models.checkpoint import written_metadata
-
         sha256 = sha256_of(keras_file)
         back = written_metadata(keras_file, sha256).get("source", {}).get("sha256")  # what it was made from
         if checkpoint.origin not in (None, sha256) and back != checkpoint.sha256:
@@ -57,6 +45,25 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
         return path
     notes.add(f"no Keras baseline: {problem}; --keras FILE names one")
     return None
+
+
+def keras_baseline(
+    checkpoint: Checkpoint,
+    keras_file: Path | None,
+    origins: dict[str, str | None],
+    dataset: Dataset,
+    python: str,
+    notes: Notes,
+) -> Predictions | None:
+    """Return what the Keras model makes of the images, if there is one to compare with.
+
+    `origins` has the SHA-256 of the file that each checkpoint was converted from, by name, ours first.
+    """
+    keras_file = find_baseline(checkpoint, keras_file, notes)
+    if keras_file is None:
+        return None
+    name = baseline_name(keras_file, next(iter(origins)), origins, notes)
+    return keras_predictions(name, keras_file, checkpoint, dataset, python, notes)
 
 
 def baseline_name(keras_file: Path, ours: str, origins: dict[str, str | None], notes: Notes) -> str:
@@ -83,27 +90,23 @@ def keras_predictions(
     dataset: Dataset,
     python: str,
     notes: Notes,
-    keras: KerasProcess | None = None,
 ) -> Predictions:
     """Return what the Keras model makes of the images: as kept beside the checkpoint, or from Keras itself.
 
     Kept are Keras's probabilities and the key that they belong to: SHA-256 of the Keras file and of the
-    images, and what the Keras model is fed. `keras` is asked, and closed; if there is none, `python` is the
-    program that runs it. Raises KerasFileError, ValueError or WorkerError with one line.
+    images, and what the Keras model is fed. `python` is the program that runs Keras. Raises KerasFileError,
+    ValueError or WorkerError with one line.
     """
-    # what the Keras model is fed differs from what ours is fed when the scaling is a layer of the Keras model
-    scaling = checkpoint.metadata.get("source", {}).get("input", {})
-    mean, std = scaling.get("mean", checkpoint.mean), scaling.get("std", checkpoint.std)
-    bn_eps = checkpoint.model.bn1.eps  # weights alone do not say it
+    scaling, bn_eps = checkpoint.keras_scaling, checkpoint.model.bn1.eps  # weights alone do not say it
     sha256 = sha256_of(keras_file)
-    key = {"keras": sha256, "images": dataset.sha256, "mean": mean, "std": std}
-    key = json.dumps({**key, "bn_eps": bn_eps})
+    key = {"keras": sha256, "images": dataset.sha256, **asdict(scaling), "bn_eps": bn_eps}
+    key = json.dumps(key)
     cache = checkpoint.path.with_suffix(SAMPLE_ANSWERS if dataset.is_sample else ANSWERS)
     shape = (len(dataset.labels), len(CLASS_NAMES))
     probabilities, form = read_cache(cache, key, shape, notes) or (None, "")
     if probabilities is None:
         notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
-        probabilities, form = ask_keras(keras_file, bn_eps, dataset.images, mean, std, python, keras)
+        probabilities, form = ask_keras(keras_file, bn_eps, dataset.images, scaling, python)
         if probabilities.shape != shape or not np.isfinite(probabilities).all():
             raise ValueError(
                 f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}"
@@ -117,7 +120,7 @@ def keras_predictions(
         form = checkpoint.metadata["source"].get("format", "")
     # A float32 probability can be too small to be told from 0.
     log_probabilities = np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
-    return Predictions(name, keras_file, log_probabilities, dataset.labels, mean, std, format=form)
+    return Predictions(name, keras_file, log_probabilities, dataset.labels, scaling, format=form)
 
 
 def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> tuple[np.ndarray, str] | None:
@@ -143,27 +146,20 @@ def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> t
 
 
 def ask_keras(
-    keras_file: Path,
-    bn_eps: float,
-    images: np.ndarray,
-    mean: list[float],
-    std: list[float],
-    python: str,
-    keras: KerasProcess | None = None,
+    keras_file: Path, bn_eps: float, images: np.ndarray, scaling: Scaling, python: str
 ) -> tuple[np.ndarray, str]:
     """Return Keras's (N, classes) float32 probabilities of (N, C, H, W) uint8 images, and the file's format.
 
-    `bn_eps` is for a file of weights alone, which does not say it; the Keras model is fed
-    (pixel - mean) / std, a value a channel. Raises as `keras_predictions` does.
+    `bn_eps` is for a file of weights alone, which does not say it. Raises as `keras_predictions` does.
     """
     # a run that finds the answer kept needs none of these
     import torch
 
+    from models.conversion.placing import with_graph
     from models.keras.file import read_keras_file, start_reader
     from models.keras.process import KerasProcess
-    from models.placing import with_graph
 
-    with start_reader() as reader, keras or KerasProcess(python) as keras:
+    with start_reader() as reader, KerasProcess(python) as keras:
         try:
             file = with_graph(read_keras_file(keras_file, reader), bn_eps)
             takes = tuple(file.input_shape)
@@ -173,7 +169,7 @@ def ask_keras(
         if any(n not in (None, m) for n, m in zip(takes, needed, strict=True)):
             raise ValueError(f"{keras_file}: takes {takes} images, CIFAR-10's are {needed}")
         keras.load(file)
-        outputs = keras.predict(images, mean, std)
+        outputs = keras.predict(images, scaling)
     if not file.returns_probabilities:
         outputs = torch.from_numpy(outputs.astype(np.float64)).softmax(dim=1).float().numpy()
     return outputs, file.format

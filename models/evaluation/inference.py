@@ -2,16 +2,22 @@
 
 import copy
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.proof import torch_threads
+from data.cifar10 import CLASS_NAMES, Dataset
+from models.common.terminal import progress_bar
+from models.common.tuning import torch_threads
+from models.equivalents import fold_batch_norm
+from models.evaluation.metrics import Predictions
 from models.resnet8 import ResNet8
+from models.scaling import Scaling
 
 
 def choose_device(name: str = "auto", dtype: str = "float32") -> torch.device:
@@ -40,22 +46,6 @@ def batches_for(device: torch.device) -> tuple[int, int]:
     return 64, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def fold_batch_norm(model: ResNet8) -> ResNet8:
-    """Return a float64 copy, for inference, whose convolutions do the work of the BatchNorms that follow.
-
-    In eval mode a BatchNorm multiplies and adds constants for each channel; so do the weights and the bias of
-    the convolution before it. Only the rounding differs.
-    """
-    model = copy.deepcopy(model).double().eval()  # so that the new weights are rounded once
-    for block in list(model.modules()):
-        for name, module in list(block.named_children()):
-            if isinstance(module, nn.BatchNorm2d):
-                conv = name.replace("bn", "conv")  # bn1 follows conv1, bn2 follows conv2
-                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), module))
-                setattr(block, name, nn.Identity())
-    return model
-
-
 def prepare(model: ResNet8, device: torch.device, dtype: torch.dtype, fold: bool = False) -> ResNet8:
     """Return a copy of `model` for `predict`: on `device`, in `dtype`, channels-last, folded or not."""
     torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of a float32's mantissa: 1e-3, not 1e-6
@@ -69,27 +59,26 @@ def prepare(model: ResNet8, device: torch.device, dtype: torch.dtype, fold: bool
 def predict(
     network: Callable[[Tensor], Tensor | np.ndarray],
     images: np.ndarray,
-    mean: list[float],
-    std: list[float],
+    scaling: Scaling,
     batch_size: int,
     workers: int,
     track: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
 ) -> np.ndarray:
-    """Return the (N, classes) float64 logits of (N, C, H, W) uint8 images, fed as (pixel - mean) / std.
+    """Return the (N, classes) float64 logits of (N, C, H, W) uint8 images, which are scaled.
 
     `network` is what `prepare` returns, or any function of a batch; a module is fed in its own dtype, on its
-    own device, anything else float32 on the CPU. `mean` and `std` have a value a channel, in pixel units. The
-    cores are shared among `workers` threads, each of which runs whole batches: PyTorch releases Python's lock
-    in its operators, and no core waits for another after every layer. `track(batches, total)` may wrap the
-    iterator over the batches, to show progress.
+    own device, anything else float32 on the CPU. The cores are shared among `workers` threads, each of which
+    runs whole batches: PyTorch releases Python's lock in its operators, and no core waits for another after
+    every layer. `track(batches, total)` may wrap the iterator over the batches, to show progress.
     """
     parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
     parameter = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
     device, dtype = parameter.device, parameter.dtype
     layout = torch.channels_last if isinstance(network, ResNet8) else torch.contiguous_format
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32  # of the normalization
-    offset, scale = (torch.tensor(v, dtype=arithmetic, device=device).view(-1, 1, 1) for v in (mean, std))
-    is_plain = not offset.any() and bool((scale == 1).all())  # then there is nothing to compute
+    mean, std = (
+        torch.tensor(v, dtype=arithmetic, device=device).view(-1, 1, 1) for v in (scaling.mean, scaling.std)
+    )
     pixels = torch.from_numpy(images)
     if device.type == "cuda":
         pixels = pixels.pin_memory()  # so that a copy can go on beside the arithmetic
@@ -98,8 +87,8 @@ def predict(
         with torch.inference_mode():
             batch = pixels[start : start + batch_size].to(device, non_blocking=True)
             batch = batch.to(arithmetic, memory_format=layout)
-            if not is_plain:
-                batch = batch.sub_(offset).div_(scale)
+            if not scaling.is_plain:
+                batch = batch.sub_(mean).div_(std)
             return torch.as_tensor(network(batch.to(dtype)))
 
     starts = range(0, len(pixels), batch_size)
@@ -109,3 +98,37 @@ def predict(
     with torch_threads(max(1, torch.get_num_threads() // workers)), ThreadPoolExecutor(workers) as pool:
         logits = list(track(pool.map(logits_from, starts), len(starts)))
     return torch.cat(logits).cpu().double().numpy()
+
+
+def measure(
+    network: Callable[[Tensor], Tensor | np.ndarray],
+    dataset: Dataset,
+    scaling: Scaling,
+    name: str,
+    batch_size: int,
+    workers: int,
+    path: Path | None,
+) -> Predictions:
+    """Return what a network makes of a data set, and how long that took.
+
+    `network` is what `predict` takes, `workers` threads call it at a time; `path` is the file that it is of,
+    if any. Raises ValueError when it is in train mode, or its outputs are none, NaN or infinite.
+    """
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    if any(isinstance(module, nn.BatchNorm2d) and module.training for module in modules):
+        raise ValueError(f"{path or name}: is in train mode, in which every batch changes it: network.eval()")
+    start = time.perf_counter()
+    logits = predict(network, dataset.images, scaling, batch_size, workers, progress_bar(name))
+    seconds = time.perf_counter() - start
+    if logits.shape != (len(dataset.labels), len(CLASS_NAMES)):
+        raise ValueError(f"{path or name}: the network's outputs have shape {logits.shape}")
+    if not np.isfinite(logits).all():
+        raise ValueError(f"{path or name}: the network's outputs are NaN or infinite")
+    throughput = {
+        "seconds": seconds,
+        "images_per_second": len(logits) / seconds,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
+    log_probabilities = torch.from_numpy(logits).log_softmax(dim=1).numpy()
+    return Predictions(name, path, log_probabilities, dataset.labels, scaling, throughput)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES
+from models.scaling import Scaling
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,8 +19,7 @@ class Predictions:
     path: Path | None  # of what was run
     log_probabilities: np.ndarray  # (N, classes) float64
     labels: np.ndarray  # (N,) int64: the true classes
-    mean: list[float]  # a value a channel, in pixel units: the model is fed (pixel - mean) / std
-    std: list[float]
+    scaling: Scaling  # what the model is fed
     throughput: dict | None = None  # None: Keras, whose speed is not measured here
     format: str = ""  # a Keras file's, such as "Keras 2.4.0 .h5 whole model"
 
@@ -27,11 +27,6 @@ class Predictions:
     def classes(self) -> np.ndarray:
         """The predicted classes, (N,) int64."""
         return self.log_probabilities.argmax(axis=1)
-
-    @property
-    def is_fed_pixels(self) -> bool:
-        """Whether the model is fed pixels from 0 to 255 as they are."""
-        return not any(self.mean) and all(std == 1 for std in self.std)
 
     @property
     def is_near_chance(self) -> bool:
@@ -133,16 +128,16 @@ def near_chance_notes(
     If another model is fed the same and is not near chance, the inputs are not to blame. What the JSON says
     of ours and of the Keras model is the same input, unless --mean or --std took its place.
     """
-    fine = [(each.mean, each.std) for each in (ours, *compared) if not each.is_near_chance]
+    fine = [each.scaling for each in (ours, *compared) if not each.is_near_chance]
     if keras and not keras.is_near_chance:
-        fine.append((keras.mean, keras.std) if is_overridden else (ours.mean, ours.std))
+        fine.append(keras.scaling if is_overridden else ours.scaling)
     return [
         f"{each.name} is near chance: most likely the input scaling is wrong. It is fed "
-        f"(pixel - mean) / std, pixels 0 to 255, mean {each.mean}, std {each.std}. If it wants other "
-        "inputs, say so with --mean and --std, or convert it for them; for 0 to 1: "
+        f"(pixel - mean) / std, pixels 0 to 255, mean {each.scaling.mean}, std {each.scaling.std}. "
+        "If it wants other inputs, say so with --mean and --std, or convert it for them; for 0 to 1: "
         "python convert.py KERAS_FILE --mean 0 --std 255"
         for each in (ours, *compared)
-        if each.is_near_chance and (each.mean, each.std) not in fine
+        if each.is_near_chance and each.scaling not in fine
     ]
 
 

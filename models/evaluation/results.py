@@ -7,10 +7,8 @@ import itertools
 import json
 import os
 import platform
-import sys
 import textwrap
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +19,6 @@ import numpy as np
 from data.cifar10 import CLASS_NAMES, Dataset
 from data.files import sha256_of, write_files
 from models.evaluation.metrics import Predictions, compare
-from models.terminal import describe_input, print_note
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,9 +68,7 @@ class Evaluation:
         columns = max(1, min(COLUMNS, 58 // (longest + 2)))  # so that no name is broken in its middle
         tables = [models_table(everyone[i : i + columns]) for i in range(0, len(everyone), columns)]
         agreement = [pairs_text(self.pairs)] if self.pairs else []
-        scalings = [
-            describe_input(each.name, each.mean, each.std) for each in everyone if not each.is_fed_pixels
-        ]
+        scalings = [each.scaling.says(each.name) for each in everyone if not each.scaling.is_plain]
         return "\n\n".join([self.title, self.files, as_text(tables), *agreement, *scalings]) + "\n"
 
     @property
@@ -143,14 +138,14 @@ def metrics_json(evaluation: Evaluation) -> dict:
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": checkpoint.sha256,
         "dataset": {"name": dataset.name, "images": len(dataset.labels), "sha256": dataset.sha256},
-        "input": fed(ours),
+        "input": asdict(ours.scaling),
         "pytorch": ours.metrics,
         "keras": keras
         and {
             "file": str(keras.path),
             "sha256": sha256_of(keras.path),
             "format": keras.format,
-            "input": fed(keras),
+            "input": asdict(keras.scaling),
             **keras.metrics,
         },
         "agreement": evaluation.pairs[0] if keras else None,
@@ -159,7 +154,7 @@ def metrics_json(evaluation: Evaluation) -> dict:
             {
                 "checkpoint": str(each.path),
                 "checkpoint_sha256": sha256_of(each.path),
-                "input": fed(each),
+                "input": asdict(each.scaling),
                 **each.metrics,
                 "throughput": each.throughput,
             }
@@ -171,11 +166,6 @@ def metrics_json(evaluation: Evaluation) -> dict:
         "environment": environment(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def fed(predictions: Predictions) -> dict:
-    """Return what a model is fed, as metrics.json holds it."""
-    return {"mean": predictions.mean, "std": predictions.std}
 
 
 def environment() -> dict:
@@ -265,29 +255,3 @@ def confusion_text(predictions: Predictions) -> str:
     for name, row in zip(CLASS_NAMES, predictions.metrics["confusion_matrix"], strict=True):
         lines.append(f"{name:12}" + "".join(f"{count:6,}" for count in row))
     return "\n".join(lines)
-
-
-@dataclass
-class Notes:
-    """Lines for the user, printed as they come up and kept for metrics.txt and metrics.json."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, line: str) -> None:
-        """Print a line and keep it, once."""
-        if line not in self.lines:
-            self.lines.append(line)
-            print_note(line)
-
-
-def progress_bar(description: str) -> Callable[[Iterable, int], Iterable]:
-    """Return the `track` of `inference.predict`: a progress bar on a terminal, none elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda batches, total: batches
-
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import track
-
-    console = Console(stderr=True, emoji=False)
-    return lambda batches, total: track(batches, escape(description), total, console=console, transient=True)

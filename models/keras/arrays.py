@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.errors import KerasFileError
+from models.common.errors import KerasFileError
 from models.keras.container import MAX_OBJECTS, as_string, lists_names
+from models.keras.file import running_number
 from models.keras.layers import is_model, own_name
 from models.mapping import saved_variables
 
@@ -183,12 +184,6 @@ def store_groups(group: h5py.Group, path: str) -> Iterator[tuple[str, dict[str, 
             yield layer, {str(index): array for index, array in enumerate(arrays)}
         elif isinstance(member, h5py.Group) and name not in others:
             yield from store_groups(member, f"{path}/{name}" if path else name)
-
-
-def running_number(name: str) -> tuple[str, int]:
-    """Return `conv2d_3` as ("conv2d", 3), and `conv2d` as ("conv2d", 0)."""
-    stem, _, number = name.rpartition("_")
-    return (stem, int(number)) if number.isdecimal() else (name, 0)
 
 
 # --- What a file holds ------------------------------------------------------------------------------------

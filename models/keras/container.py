@@ -13,7 +13,7 @@ import re
 import zipfile
 from typing import TYPE_CHECKING
 
-from models.errors import KerasFileError
+from models.common.errors import KerasFileError
 from models.keras.file import FLOATS, MAX_FILE_BYTES, TRAINING_LAYERS
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ MAX_CONFIG_DEPTH = 64
 MAX_OBJECTS = 10_000
 
 # Every class that a configuration may name: one that names another never reaches Keras. Those of the last
-# three lines are harmless, and refused by `models/graph.py`, which can say where and why.
+# three lines are harmless, and refused by `conversion/matching.py`, which can say where and why.
 KERAS_CLASSES = TRAINING_LAYERS | set(
     """
     Functional Model Sequential InputLayer __keras_tensor__ DTypePolicy Policy SeedGenerator

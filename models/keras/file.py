@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.errors import KerasFileError
-from models.worker import Worker, WorkerError
+from models.common.errors import KerasFileError
+from models.keras.worker import Worker, WorkerError
 
 # What is read at most. A ResNet8 of width 256 has 20 million parameters: 80 MB, and its optimizer's state.
 MAX_FILE_BYTES = 256 * 2**20
@@ -55,7 +55,7 @@ class KerasFile:
     """A Keras model file: its bytes, and its layers in graph order (a layer follows all its inputs).
 
     A file that holds weights alone says nothing of a graph. As it is read, its layers are the groups of
-    tensors in saved order: they have a name and arrays, and no more. `models/graph.py` gives them places.
+    tensors in saved order: they have a name and arrays, and no more. `placing.py` gives them places.
     """
 
     path: Path
@@ -172,3 +172,9 @@ def check_values(layers: Iterable[Layer]) -> None:
                 raise KerasFileError(f"layer '{layer.name}': {variable} has values that are NaN or infinite")
             if variable in ("moving_variance", "variance") and (array < 0).any():
                 raise KerasFileError(f"layer '{layer.name}': {variable} is negative ({array.min():g})")
+
+
+def running_number(name: str) -> tuple[str, int]:
+    """Return `conv2d_3` as ("conv2d", 3), and `conv2d` as ("conv2d", 0)."""
+    stem, _, number = name.rpartition("_")
+    return (stem, int(number)) if number.isdecimal() else (name, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from models.errors import KerasFileError
+from models.common.errors import KerasFileError
 from models.keras.container import as_string
 from models.keras.file import Layer
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 
 import numpy as np
 
 from models.keras.file import KerasFile, Layer, pack_layers
-from models.worker import Worker
+from models.keras.worker import Worker
+from models.scaling import Scaling
 
 
 class KerasProcess(Worker):
@@ -28,27 +30,18 @@ class KerasProcess(Worker):
         request = {"do": "load", "config": file.config, "layers": layers}
         return self.ask(request, {"content": np.frombuffer(file.content, np.uint8), **arrays})[0]
 
-    def activations(
-        self,
-        images: np.ndarray,
-        mean: list[float],
-        std: list[float],
-        dtype: str,
-    ) -> dict[str, np.ndarray]:
+    def activations(self, images: np.ndarray, scaling: Scaling, dtype: str) -> dict[str, np.ndarray]:
         """Return every layer's output, by layer name (`model/layer` in a nested model), channels last.
 
-        `images` is (N, C, H, W), uint8 or float64 pixels; the model is fed (images - mean) / std, computed in
-        float64, with a value a channel. `dtype`, float32 or float64, is what the model computes in. Raises
-        WorkerError when Keras fails.
+        `images` is (N, C, H, W), uint8 or float64 pixels, which are scaled in float64. `dtype`, float32 or
+        float64, is what the model computes in. Raises WorkerError when Keras fails.
         """
-        request = {"do": "activations", "mean": mean, "std": std, "dtype": dtype}
+        request = {"do": "activations", "scaling": asdict(scaling), "dtype": dtype}
         return self.ask(request, {"images": images})[1]
 
-    def predict(
-        self, images: np.ndarray, mean: list[float], std: list[float], dtype: str = "float32"
-    ) -> np.ndarray:
+    def predict(self, images: np.ndarray, scaling: Scaling, dtype: str = "float32") -> np.ndarray:
         """Return the model's (N, classes) outputs, for images as `activations` takes them, and faster."""
-        request = {"do": "predict", "mean": mean, "std": std, "dtype": dtype}
+        request = {"do": "predict", "scaling": asdict(scaling), "dtype": dtype}
         return self.ask(request, {"images": images})[1]["outputs"]
 
     def build(self, layers: list[Layer], suffix: str) -> bytes:

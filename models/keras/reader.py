@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from models.errors import KerasFileError, one_line
+from models.common.errors import KerasFileError, one_line
 from models.keras.arrays import saved_arrays, saved_groups
 from models.keras.container import check_classes, lists_names, open_container
 from models.keras.file import Layer, check_values, pack_layers
 from models.keras.layers import graph_layers
-from models.worker import serve
+from models.keras.worker import serve
 
 
 def read_content(content: bytes) -> tuple[dict, dict[str, np.ndarray]]:

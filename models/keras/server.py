@@ -22,9 +22,11 @@ try:
 except ImportError as error:  # a Python without numpy has no Keras
     sys.exit(f"{sys.executable} cannot import Keras ({error}): install tensorflow, or name another Python")
 
-from models.errors import one_line
+from models.common.errors import one_line
+from models.common.tuning import COLLECT_AFTER
 from models.keras.file import Layer, unpack_layers
-from models.worker import COLLECT_AFTER, WorkerError, serve
+from models.keras.worker import WorkerError, serve
+from models.scaling import Scaling
 
 BATCH_SIZE = 100  # the fastest of 16 to 1,000, with a thread a core
 TRAINING_ONLY = ("_initializer", "_regularizer", "_constraint")
@@ -79,11 +81,7 @@ class Server:
             return {}, {"content": np.frombuffer(path.read_bytes(), np.uint8)}
 
     def activations(
-        self,
-        arrays: dict[str, np.ndarray],
-        mean: list[float],
-        std: list[float],
-        dtype: str,
+        self, arrays: dict[str, np.ndarray], scaling: dict, dtype: str
     ) -> tuple[dict, dict[str, np.ndarray]]:
         """Run the model on `images`, scaled, and return what each layer made of them."""
         model, outputs = self.model_in(dtype), {}
@@ -99,19 +97,19 @@ class Server:
         calls = [(self.renamed.get(path, path), layer, layer.call) for path, layer in flat_layers(model)]
         for path, layer, call in calls:
             layer.call = record(path, call)
-        model(scaled(arrays["images"], mean, std, dtype), training=False)
+        model(scaled(arrays["images"], scaling, dtype), training=False)
         for _, layer, call in calls:
             layer.call = call
         return {}, outputs
 
     def predict(
-        self, arrays: dict[str, np.ndarray], mean: list[float], std: list[float], dtype: str
+        self, arrays: dict[str, np.ndarray], scaling: dict, dtype: str
     ) -> tuple[dict, dict[str, np.ndarray]]:
         """Return what the model makes of `images`, scaled: compiled, as `Model.predict` is, on every core."""
         function, images = self.function_in(dtype), arrays["images"]
 
         def outputs_from(start: int) -> np.ndarray:
-            return np.asarray(function(scaled(images[start : start + BATCH_SIZE], mean, std, dtype)))
+            return np.asarray(function(scaled(images[start : start + BATCH_SIZE], scaling, dtype)))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             outputs = pool.map(outputs_from, range(0, len(images), BATCH_SIZE))
@@ -144,12 +142,9 @@ class Server:
         return self.functions[dtype]
 
 
-def scaled(pixels: np.ndarray, mean: list[float], std: list[float], dtype: str) -> np.ndarray:
-    """Return (N, C, H, W) pixels as the model takes them: (pixel - mean) / std, channels last, in `dtype`."""
-    pixels = pixels.transpose(0, 2, 3, 1)
-    if any(mean) or any(value != 1 for value in std):
-        pixels = (pixels.astype(np.float64) - np.asarray(mean)) / np.asarray(std)
-    return pixels.astype(dtype)
+def scaled(pixels: np.ndarray, scaling: dict, dtype: str) -> np.ndarray:
+    """Return (N, C, H, W) pixels as the model takes them: scaled, channels last, in `dtype`."""
+    return Scaling(**scaling).of(pixels).transpose(0, 2, 3, 1).astype(dtype)
 
 
 def load_file(content: bytes, config: dict) -> object:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from data.cifar10 import DataError, load_train
-from models.terminal import beside_the_scripts
+from models.common.terminal import beside_the_scripts
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.worker import serve
+from models.keras.worker import serve
+from models.scaling import Scaling
 
 Run = Callable[[np.ndarray, int], np.ndarray]  # images, batch size -> (N, classes) logits or probabilities
 Contender = tuple[Run, np.ndarray, list[int]]
@@ -59,7 +60,7 @@ def evaluate_folded(job: Job, fold: bool = True) -> Contender:
     mean, std = job.scaling["pytorch"]
 
     def run(images: np.ndarray, size: int) -> np.ndarray:
-        return inference.predict(model, images, mean, std, size, workers)
+        return inference.predict(model, images, Scaling(mean, std), size, workers)
 
     return run, job.images, [batch_size]
 

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from data.cifar10 import DataError, load_test
 from data.files import write_files
-from models.worker import ROOT, Worker, WorkerError
+from models.keras.worker import ROOT, Worker, WorkerError
 from tests.benchmarks.contenders import CONTENDERS
 
 BUNDLED = ROOT / "checkpoints" / "resnet8_keras.h5"

@@ -15,9 +15,8 @@ import torch
 
 from data.cifar10 import load_test
 from models.checkpoint import read_checkpoint
+from models.common.terminal import Notes
 from models.evaluation import baseline
-from models.evaluation.baseline import will_ask_keras
-from models.evaluation.results import Notes
 from models.resnet8 import ResNet8
 from tests.evaluating import (
     NOT_A_PYTHON,
@@ -56,28 +55,9 @@ def test_a_keras_file_is_a_stranger_only_if_the_json_names_another(tmp_path):
     known = hashlib.sha256(b"a Keras file").hexdigest()
     for source, notes in (({}, 0), ({"sha256": known}, 0), ({"sha256": "0" * 64}, 1)):
         save(random_model(), tmp_path / "model.pt", source=source)
-        checkpoint = read_checkpoint(ResNet8, tmp_path / "model.pt")
+        checkpoint = read_checkpoint(tmp_path / "model.pt")
         assert baseline.find_baseline(checkpoint, tmp_path / "model.h5", found := Notes())
         assert len(found.lines) == notes
-
-
-def test_keras_is_started_early_only_where_it_will_be_asked(tmp_path):
-    checkpoint, source, other = (tmp_path / name for name in ("model.pt", "model.h5", "other.h5"))
-    other.touch()
-    assert not will_ask_keras(checkpoint, None)  # there is no JSON
-    checkpoint.with_suffix(".json").write_text('{"source": {"file": "model.h5"}}')
-    assert not will_ask_keras(checkpoint, None)  # and no model.h5
-    assert will_ask_keras(checkpoint, other)
-    source.touch()
-    assert will_ask_keras(checkpoint, None)
-    for damaged in ('{"source": 3}', '{"source": {"file": 3}}', "{" * 100_000, "\udcff"):
-        checkpoint.with_suffix(".json").write_text(damaged, errors="surrogateescape")
-        assert not will_ask_keras(checkpoint, None)
-    checkpoint.with_suffix(".json").write_text('{"source": {"file": "model.h5"}}')
-    for kept in (".keras.npz", ".keras-sample.npz"):
-        checkpoint.with_suffix(kept).touch()
-        assert not will_ask_keras(checkpoint, None)
-        checkpoint.with_suffix(kept).unlink()
 
 
 @needs_real_model
@@ -270,7 +250,7 @@ def test_answers_for_the_sample_and_for_the_full_set_lie_side_by_side(real, monk
     kept = {path: path.read_bytes() for path in real.glob("*.npz")}
     assert [path.name for path in kept] == ["model.keras-sample.npz"]
     sample = load_test(Path("none"), "sample")
-    checkpoint = read_checkpoint(ResNet8, real / "model.pt")
+    checkpoint = read_checkpoint(real / "model.pt")
     other = replace(sample, sha256="0" * 64)  # any other images: those of the full set
     answers = np.full((1000, 10), 0.1, np.float32)
     monkeypatch.setattr(baseline, "ask_keras", lambda *_: (answers, ".h5"))

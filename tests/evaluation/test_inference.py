@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from models.evaluation import inference
+from models.scaling import Scaling
 from tests.evaluating import random_model
 
 
@@ -27,7 +28,7 @@ def test_inference_computes_the_model_folded_or_not(model, fold, sample):
     norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in prepared.modules())
     assert norms == (0 if fold else 7)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    logits = inference.predict(prepared, images, mean, std, 32, 2)
+    logits = inference.predict(prepared, images, Scaling(mean, std), 32, 2)
     assert logits.dtype == np.float64
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     np.testing.assert_allclose(logits, plain(model, images, mean, std), rtol=1e-10, atol=1e-10)
@@ -37,7 +38,7 @@ def test_threads_and_batch_size_change_no_prediction(sample):
     model = inference.prepare(random_model(), torch.device("cpu"), torch.float32)
     threads = torch.get_num_threads()
     results = [
-        inference.predict(model, sample.images[:130], [0.0] * 3, [64.0] * 3, batch_size, workers)
+        inference.predict(model, sample.images[:130], Scaling.given(3, std=[64.0]), batch_size, workers)
         for batch_size, workers in [(32, 1), (32, 2), (32, 5), (7, 3), (1000, 2)]
     ]
     assert torch.get_num_threads() == threads
@@ -53,7 +54,7 @@ def test_bfloat16_keeps_the_normalization_in_float32(sample):
     seen = []
     model = inference.prepare(random_model(), torch.device("cpu"), torch.bfloat16)
     model.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
-    logits = inference.predict(model, images, mean, std, 64, 1)
+    logits = inference.predict(model, images, Scaling(mean, std), 64, 1)
     assert np.isfinite(logits).all()
     exact = ((torch.from_numpy(images).float() - 1000) / 64).bfloat16().float()
     assert torch.equal(seen[0], exact)

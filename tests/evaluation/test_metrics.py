@@ -17,6 +17,7 @@ from models.evaluation.metrics import (
     wilson_interval,
 )
 from models.evaluation.results import pairs_text
+from models.scaling import Scaling
 from tests.evaluating import evaluated, random_model, save, scaling
 
 
@@ -104,7 +105,7 @@ def predictions(name, correct, fed=(0.0, 1.0), images=100):
     classes = np.where(np.arange(images) < correct, labels, (labels + 1) % 10)
     log_probabilities = torch.from_numpy(5.0 * np.eye(10)[classes]).log_softmax(dim=1).numpy()
     mean, std = fed
-    return Predictions(name, Path(name), log_probabilities, labels, [mean] * 3, [std] * 3)
+    return Predictions(name, Path(name), log_probabilities, labels, Scaling([mean] * 3, [std] * 3))
 
 
 def test_near_chance_blames_the_inputs_only_where_they_may_be_wrong():

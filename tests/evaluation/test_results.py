@@ -9,6 +9,7 @@ import pytest
 from models.evaluation import figure
 from models.evaluation.metrics import Predictions
 from models.evaluation.results import Evaluation
+from models.scaling import Scaling
 from tests.evaluating import (
     command,
     evaluated,
@@ -114,7 +115,7 @@ def test_no_name_is_broken_in_its_middle(sample, length):
     scores = np.random.default_rng(0).normal(size=(5, 1000, 10))
     names = [str(index) * length for index in range(5)]
     models = [
-        Predictions(name, Path(name), each, sample.labels, [0.0] * 3, [1.0] * 3)
+        Predictions(name, Path(name), each, sample.labels, Scaling.given(3))
         for name, each in zip(names, scores, strict=True)
     ]
     evaluation = Evaluation(sample, None, models[0], None, models[1:], [], [])

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from models.errors import KerasFileError
+from models.common.errors import KerasFileError
 from models.keras.container import check_classes
 from models.keras.file import read_keras_file
 from tests.conftest import ROOT

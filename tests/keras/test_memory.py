@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from models.errors import KerasFileError
+from models.common.errors import KerasFileError
 from models.keras.file import read_keras_file, start_reader
 from models.keras.reader import limit_memory
 from tests.keras_files.edits import replace_kernel

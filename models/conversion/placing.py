@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from models.errors import KerasFileError
+from models.common.errors import KerasFileError
 from models.graph import GRAPH
-from models.keras.arrays import running_number
-from models.keras.file import KerasFile, Layer, check_values
+from models.keras.file import KerasFile, Layer, check_values, running_number
 from models.mapping import MAPPING
+from models.scaling import Scaling
 
 Saved = tuple[str, dict[str, np.ndarray]]  # a layer's name, and its arrays by variable
 
@@ -76,10 +76,10 @@ def graph_of(
     return keras_layers(channels, width, len(state["fc.bias"]), image_size, norm, permuted_back)
 
 
-def with_rescaling(layers: list[Layer], mean: list[float], std: list[float]) -> list[Layer]:
-    """Return the layers with a Rescaling after the input, which makes (pixel - mean) / std of a pixel."""
-    scale = [1 / value for value in std]
-    offset = [0 - value * factor for value, factor in zip(mean, scale, strict=True)]  # 0, not -0
+def with_rescaling(layers: list[Layer], scaling: Scaling) -> list[Layer]:
+    """Return the layers with a Rescaling after the input, which scales the pixels."""
+    scale = [1 / value for value in scaling.std]
+    offset = [0 - value * factor for value, factor in zip(scaling.mean, scale, strict=True)]  # 0, not -0
     one_for_all = len(set(zip(scale, offset, strict=True))) == 1
     config = {"scale": scale[0], "offset": offset[0]} if one_for_all else {"scale": scale, "offset": offset}
     first, second, *others = layers

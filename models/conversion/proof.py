@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from data.cifar10 import load_test
-from models.errors import VerificationError
+from models.activations import layer_activations
+from models.common.errors import VerificationError
+from models.common.tuning import torch_threads
+from models.conversion.tensors import Row
 from models.graph import GRAPH
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.keras.file import KerasFile, Layer
-    from models.keras.process import KerasProcess
-    from models.resnet8 import ResNet8
-    from models.tensors import Row
-
-Scaling = tuple[list[float], list[float]]  # (mean, std) a channel: a network is fed (pixel - mean) / std
+from models.keras.file import KerasFile, Layer
+from models.keras.process import KerasProcess
+from models.resnet8 import ResNet8
+from models.scaling import Scaling
 
 # How far PyTorch may be from Keras. In float64 two right networks differ by rounding alone: 3e-13 was
 # measured on the activations of the MLPerf Tiny model, 7e-15 on its probabilities.
@@ -73,8 +68,9 @@ def compare_tensors(rows: list[Row], model: ResNet8) -> None:
 
 def compare_scaling(found: Scaling, expected: Scaling) -> None:
     """Raise VerificationError unless a Rescaling layer does what is expected, but for float32's rounding."""
-    if not np.allclose(found, expected, rtol=MAX_SCALING_DIFFERENCE, atol=0):
-        raise VerificationError(f"the Rescaling layer's mean and std are {found}, expected {expected}")
+    both = [[*each.mean, *each.std] for each in (found, expected)]
+    if not np.allclose(*both, rtol=MAX_SCALING_DIFFERENCE, atol=0):
+        raise VerificationError(f"the Rescaling layer's mean and std are {both[0]}, expected {both[1]}")
 
 
 def compare_numbers(
@@ -91,8 +87,6 @@ def compare_numbers(
     float32 probabilities on the other real ones too. Raises VerificationError when one is beyond its bound;
     WorkerError when Keras fails.
     """
-    import torch
-
     real, random = probe_images(file.input_shape).values()
     on_layers = in_batches(np.concatenate([real[:EVERY_LAYER], random[:EVERY_LAYER]]))
     others = real[EVERY_LAYER:]
@@ -100,7 +94,7 @@ def compare_numbers(
     compared = set()
 
     def fed(images: np.ndarray, dtype: str) -> torch.Tensor:
-        return torch.from_numpy(normalize(images, *pytorch_input)).to(getattr(torch, dtype))
+        return torch.from_numpy(pytorch_input.of(images)).to(getattr(torch, dtype))
 
     def compare_layers(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], dtype: str) -> None:
         # in the graph's order: the first that differs is the one that is wrong
@@ -125,43 +119,19 @@ def compare_numbers(
     with torch_threads(1), ThreadPoolExecutor(1) as other, torch.inference_mode():
         for dtype in results:
             network = model.to(getattr(torch, dtype)).eval()
-            answers = one_ahead(other, keras.activations, on_layers, *keras_input, dtype)
-            for images, asked in zip(on_layers, answers, strict=True):
+            for images in on_layers:
+                asked = other.submit(keras.activations, images, keras_input, dtype)
                 ours = layer_activations(network, fed(images, dtype))
                 theirs = asked.result()
                 compare_layers(ours, theirs, dtype)
                 last = next(layer.name for layer in reversed(file.layers) if layer.name in theirs)
                 compare_outputs(ours["fc"], theirs[last], dtype)
         if len(others):
-            asked = other.submit(keras.predict, others, *keras_input, "float32")
+            asked = other.submit(keras.predict, others, keras_input, "float32")
             logits = [network(fed(images, "float32")) for images in in_batches(others)]
             compare_outputs(torch.cat(logits).numpy(), asked.result(), "float32")
     model.float()
     return {"layers": len(compared), **results}
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many threads inside an operator."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def one_ahead(
-    other: Executor, ask: Callable, batches: list[np.ndarray], *options: object
-) -> Iterator[Future]:
-    """Yield the future answer of `ask(batch, *options)` for each batch; the next has been asked for then."""
-    following = other.submit(ask, batches[0], *options)
-    for batch in batches[1:]:
-        asked, following = following, other.submit(ask, batch, *options)
-        yield asked
-    yield following
 
 
 def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -205,40 +175,3 @@ def probe_images(shape: list[int | None]) -> dict[str, np.ndarray]:
     wrap = [(0, 0), (0, max(0, channels - 3)), (0, max(0, height - 32)), (0, max(0, width - 32))]
     real = np.pad(real, wrap, mode="wrap")[:, :channels, :height, :width]
     return {"real": real, "random": np.random.default_rng(0).uniform(0, 255, (100, channels, height, width))}
-
-
-def normalize(images: np.ndarray, mean: list[float], std: list[float]) -> np.ndarray:
-    """Return (images - mean) / std of (N, C, H, W) images."""
-    return (images - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
-
-
-def layer_activations(model: ResNet8, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """Return every layer's output for (N, C, H, W) images, by GRAPH's names, channels last as in Keras."""
-    import torch
-
-    found: dict[str, np.ndarray] = {}
-
-    def keep(name: str, value: torch.Tensor) -> None:
-        found[name] = value.movedim(1, -1).numpy().copy()  # the addition works in place
-
-    def watch(name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(_: object, inputs: tuple, output: torch.Tensor) -> None:
-            if not name.endswith(".relu"):
-                keep(name, output)
-            elif f"{name}1" not in found:  # a block's ReLU runs twice: after bn1, and after the addition
-                keep(f"{name}1", output)
-            else:
-                keep(f"{name.removesuffix('relu')}add", inputs[0])
-                keep(f"{name}2", output)
-
-        return module.register_forward_hook(hook)
-
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    hooks = [watch(name, module) for name, module in leaves]
-    try:
-        with torch.inference_mode():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found

@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import gc
 import io
-import math
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from models.errors import KerasFileError
-from models.worker import COLLECT_AFTER
+from models.common.tuning import COLLECT_AFTER
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ends: 128 + SIGINT
 
 
@@ -73,25 +72,6 @@ def add_keras_python(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def one_a_channel(option: str, values: list[float], channels: int) -> list[float]:
-    """Return one finite value a channel; KerasFileError if there are neither one nor `channels` of them."""
-    if not all(map(math.isfinite, values)):
-        raise KerasFileError(f"{option} is {values}, expected finite numbers")
-    if len(values) not in (1, channels):
-        raise KerasFileError(
-            f"{option} has {len(values)} values, but the model's input has {channels} channels"
-        )
-    return values * channels if len(values) == 1 else values
-
-
-def describe_input(model: str, mean: list[float], std: list[float]) -> str:
-    """Return in words what a model is fed."""
-    if not any(mean) and all(value == 1 for value in std):
-        return f"{model} is fed pixels, 0 to 255"
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (mean, std))
-    return f"{model} is fed (pixel - mean) / std, pixels 0 to 255,\n  mean {mean}; std {std}"
-
-
 def print_summary(outcomes: list[tuple[Path, dict | None, str]]) -> None:
     """Print one line a file: what came of it."""
     from rich.table import Table
@@ -111,6 +91,19 @@ def print_note(note: str, indent: str = "") -> None:
     """Print a note: on a terminal wrapped to its width, between words; in a pipe as one line."""
     text = f"{indent}note: {note}"
     print(wrapped(text, f"{indent}  ") if sys.stdout.isatty() else text, flush=True)
+
+
+@dataclass
+class Notes:
+    """Lines for the user, printed as they come up and kept for metrics.txt and metrics.json."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        """Print a line and keep it, once."""
+        if line not in self.lines:
+            self.lines.append(line)
+            print_note(line)
 
 
 def wrapped(text: str, indent: str) -> str:
@@ -137,6 +130,19 @@ def print_table(table: Table) -> None:
         return
     wide.print(table)
     print("\n".join(line.rstrip() for line in wide.file.getvalue().splitlines()))
+
+
+def progress_bar(description: str) -> Callable[[Iterable, int], Iterable]:
+    """Return the `track` of `inference.predict`: a progress bar on a terminal, none elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda batches, total: batches
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track
+
+    console = Console(stderr=True, emoji=False)
+    return lambda batches, total: track(batches, escape(description), total, console=console, transient=True)
 
 
 class _Output:

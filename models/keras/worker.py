@@ -23,10 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-# The imports of torch and of Keras make 200,000 to 500,000 objects, which stay. Python looks among them for
-# garbage after every 700 (`gc.set_threshold`); after as many as this, the imports take a sixth less time.
-COLLECT_AFTER = 10_000
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class WorkerError(Exception):

@@ -7,14 +7,69 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.paths import HDF5
+from models.files.metadata import HDF5, read_metadata
+from models.scaling import Scaling
 
 SAVE = "torch.save(model.state_dict(), ...) writes one"
 
 
-def load(path: Path, map_location: str | torch.device = "cpu") -> object:
+def read_network(
+    network: type[nn.Module], path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, dict, str]:
+    """Return the `network` (`ResNet8`) of a `.pt`, the JSON beside it, and what was done to read it.
+
+    BatchNorm's constants and what it is fed, its `scaling`, are the JSON's, or the defaults. What training
+    loops make of a state_dict is undone, and the weights are converted to `dtype`. Raises OSError when a file
+    cannot be read, ValueError with one line when it is no such network's state_dict, or the JSON is not as
+    `convert.py` writes it.
+    """
+    state, done = plain_state_dict(path, load(path))
+    check_values(path, state, dtype)
+    metadata = read_metadata(path)
+    stated = metadata.get("architecture", {})
+    norm = {name: stated[name] for name in ("bn_eps", "bn_momentum") if name in stated}
+    try:
+        model = network.from_state_dict(state, **norm).to(dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    channels, source = model.conv1.in_channels, metadata.get("source", {})
+    described = {"input": metadata.get("input", {}), "source.input": source.get("input", {})}
+    for where, found in described.items():
+        for name in {"mean", "std"} & found.keys():
+            if len(found[name]) != channels:
+                problem = f"{where}.{name} has {len(found[name])} values, expected {channels}"
+                raise ValueError(f"{path.with_suffix('.json')}: {problem}")
+    model.scaling = Scaling.given(channels).updated(described["input"])
+    stored, wanted = {name_of(t.dtype) for t in state.values() if t.is_floating_point()}, name_of(dtype)
+    if stored != {wanted} and stored != {"float32"}:
+        done.append(f"{', '.join(sorted(stored))} weights as {wanted}")
+    return model, metadata, f"{path.name} is read as a state_dict: {', '.join(done)}" if done else ""
+
+
+def check_values(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise ValueError for a tensor that no network in `dtype` can have."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype}, expected a floating-point tensor; a quantized network is "
+                "scored from Python: from evaluate import score"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are NaN or infinite")
+        if tensor.is_floating_point() and not tensor.to(dtype).isfinite().all():
+            raise ValueError(f"{path}: {name} has values too large for {name_of(dtype)}")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{path}: {name} is negative ({tensor.min():g})")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def load(path: Path) -> object:
     """Return what a `.pt` file holds: tensors, numbers and strings, in dicts and lists.
 
     No code in the file is run (`weights_only=True`). Raises OSError when it cannot be read, ValueError with
@@ -24,7 +79,7 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError:

@@ -1,46 +1,38 @@
 """From a Keras file's layers to a PyTorch network: its size, its tensors by the mapping, and its input.
 
-`models/graph.py` has told which layer is which, `models/mapping.py` has the table.
+`matching.py` has told which layer is which, `models/mapping.py` has the table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from models.errors import KerasFileError
+from models.common.errors import KerasFileError
 from models.keras.file import KerasFile, Layer
 from models.mapping import MAPPING
-
-if TYPE_CHECKING:
-    from models.resnet8 import ResNet8
-
-# torch is imported where it is first needed: by then Keras and the reader are starting in their processes.
+from models.resnet8 import ResNet8
+from models.scaling import Scaling
 
 
-def build_model(places: dict[str, Layer]) -> tuple[ResNet8, dict]:
-    """Return a ResNet8 of the file's size, without memory for it, and its arguments."""
-    import torch
-
-    from models.resnet8 import ResNet8
-
+def build_model(places: dict[str, Layer]) -> ResNet8:
+    """Return a ResNet8 of the file's size, without memory for it."""
     conv1, norm, fc = places["conv1"], places["bn1"], places["fc"]
     kernels = {layer.name: layer.arrays.get("kernel", np.empty(0)) for layer in (conv1, fc)}
     if kernels[conv1.name].ndim != 4 or kernels[fc.name].ndim != 2:
         raise KerasFileError(
             f"layers '{conv1.name}' and '{fc.name}': kernels with 4 and 2 axes were expected"
         )
-    arguments = {
-        "num_classes": kernels[fc.name].shape[1],
-        "width": kernels[conv1.name].shape[3],
-        "in_channels": kernels[conv1.name].shape[2],
-        "bn_eps": norm.config["epsilon"],
-        "bn_momentum": round(1 - norm.config["momentum"], 12),
-    }
     with torch.device("meta"):  # a file can claim any width: only `load_tensors` allocates
-        return ResNet8(**arguments), arguments
+        return ResNet8(
+            num_classes=kernels[fc.name].shape[1],
+            width=kernels[conv1.name].shape[3],
+            in_channels=kernels[conv1.name].shape[2],
+            bn_eps=norm.config["epsilon"],
+            bn_momentum=round(1 - norm.config["momentum"], 12),
+        )
 
 
 @dataclass(frozen=True)
@@ -86,19 +78,15 @@ def map_tensors(places: dict[str, Layer], model: ResNet8) -> list[Row]:
 
 def load_tensors(model: ResNet8, rows: list[Row]) -> None:
     """Load every row's tensor into the network; `num_batches_tracked`, which has no row, is 0."""
-    import torch
-
     tensors = {row.key: torch.from_numpy(row.tensor()) for row in rows}
     untracked = {key: torch.tensor(0) for key in model.state_dict() if key not in tensors}
     model.load_state_dict({**untracked, **tensors}, assign=True)
 
 
-def input_normalization(
-    file: KerasFile, places: dict[str, Layer], mean: list[float], std: list[float]
-) -> tuple[list[float], list[float]]:
-    """Return the (mean, std) a channel, in pixel units, that take a pixel to what conv1 reads.
+def input_normalization(file: KerasFile, places: dict[str, Layer], keras_input: Scaling) -> Scaling:
+    """Return the scaling that takes a pixel to what conv1 reads.
 
-    `mean` and `std` take it to what the Keras model reads; its own Rescaling and Normalization layers come on
+    `keras_input` takes it to what the Keras model reads; its own Rescaling and Normalization layers come on
     top. Formulas: keras.io/api/layers/preprocessing_layers, numerical/normalization and
     image_preprocessing/rescaling. Raises KerasFileError when a layer is no scaling a channel.
     """
@@ -106,7 +94,7 @@ def input_normalization(
     def as_float32(values: object) -> np.ndarray:  # Keras rounds these numbers, whatever it computes in
         return np.asarray(values, np.float32).astype(np.float64)
 
-    mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    mean, std = np.asarray(keras_input.mean, np.float64), np.asarray(keras_input.std, np.float64)
     channels = (file.input_shape[2],)
     for layer in file.layers[: file.layers.index(places["input"]) + 1]:
         try:
@@ -128,4 +116,4 @@ def input_normalization(
             ) from None
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std != 0).all()):
         raise KerasFileError(f"the input scaling comes to mean {mean.tolist()} and std {std.tolist()}")
-    return mean.tolist(), std.tolist()
+    return Scaling(mean.tolist(), std.tolist())

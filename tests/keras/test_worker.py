@@ -1,4 +1,4 @@
-"""models/worker.py: processes that answer, refuse, die and start again.
+"""models/keras/worker.py: processes that answer, refuse, die and start again.
 
 The worker of these tests is this file: `python -m tests.test_worker`.
 """
@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from models.worker import Worker, WorkerError, serve
+from models.keras.worker import Worker, WorkerError, serve
 
 
 class RefusalError(Exception):
