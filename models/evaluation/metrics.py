@@ -21,7 +21,8 @@ class Predictions:
     labels: np.ndarray  # (N,) int64: the true classes
     scaling: Scaling  # what the model is fed
     throughput: dict | None = None  # None: Keras, whose speed is not measured here
-    format: str = ""  # a Keras file's, such as "Keras 2.4.0 .h5 whole model"
+    format: str = ""  # what the file is, such as "Keras 2.4.0 .h5 whole model"; "" for a state_dict
+    sparsity: float | None = None  # the part of the weights that is 0; None where it is not known
 
     @cached_property
     def classes(self) -> np.ndarray:
