@@ -62,7 +62,7 @@ def conversion(request, reference_files, reader, keras, tmp_path, monkeypatch):
 
     original = keras.build
     monkeypatch.setattr(keras, "build", build)
-    monkeypatch.setattr(convert, "verified_by", lambda results, **versions: {"verification": results})
+    monkeypatch.setattr(convert, "proof_of", lambda results, **versions: {"verification": results})
     return Conversion(request.param, reference_files, reader, keras, tmp_path)
 
 

@@ -1,6 +1,6 @@
 """models/keras/worker.py: processes that answer, refuse, die and start again.
 
-The worker of these tests is this file: `python -m tests.test_worker`.
+The worker of these tests is this file: `python -m tests.keras.test_worker`.
 """
 
 import os
@@ -37,7 +37,7 @@ def answer(request, arrays):
 
 @pytest.fixture(scope="module")
 def worker():
-    with Worker("tests.test_worker") as process:
+    with Worker("tests.keras.test_worker") as process:
         yield process
 
 
@@ -79,7 +79,7 @@ def test_refusal_is_an_answer(worker):
 )
 def test_death_is_reported_and_it_starts_again(worker, do, status, log):
     pid = worker.ask({"do": "echo"})[0]["pid"]
-    with pytest.raises(WorkerError, match=f"tests.test_worker ended with status {status}") as caught:
+    with pytest.raises(WorkerError, match=f"tests.keras.test_worker ended with status {status}") as caught:
         worker.ask({"do": do})
     assert caught.value.status == status and log in caught.value.log
     assert worker.ask({"do": "echo"})[0]["pid"] != pid
@@ -95,12 +95,12 @@ def test_time_limit(worker):
 @pytest.mark.parametrize("python", ["/nowhere/python", "no-such-python", "/"])
 def test_program_that_cannot_run(python):
     with pytest.raises(WorkerError, match=f"cannot run {python}: "):
-        Worker("tests.test_worker", python)
+        Worker("tests.keras.test_worker", python)
 
 
 def test_ends_with_its_owner(worker):
     """A process whose pipe closes ends by itself: none is left behind when the command is killed."""
-    with Worker("tests.test_worker") as other:
+    with Worker("tests.keras.test_worker") as other:
         other.ask({"do": "echo"})
         other.process.stdin.close()
         assert other.process.wait(timeout=60) == 0
