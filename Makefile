@@ -44,5 +44,5 @@ recipes: $(VENV)/.installed-tests
 
 clean:
 	rm -rf $(VENV) results .pytest_cache .ruff_cache
-	rm -f $(addprefix checkpoints/resnet8,.pt .json .keras.npz .keras-sample.npz)  # what `make` makes, no more
+	rm -f $(addprefix checkpoints/resnet8,.pt .json _keras.keras.npz _keras.keras-sample.npz)  # what `make` makes, no more
 	find . -name __pycache__ -prune -exec rm -rf {} +

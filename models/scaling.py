@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+LARGEST = 1e30  # a number of a size that float32 can compute with
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Scaling:
         given = {"mean": 0.0 if mean is None else mean, "std": 1.0 if std is None else std}
         values = {name: np.ravel(np.asarray(found, np.float64)).tolist() for name, found in given.items()}
         for name, found in values.items():
-            if not all(map(math.isfinite, found)):
-                raise ValueError(f"--{name} is {found}, expected finite numbers")
+            if not all(abs(value) <= LARGEST for value in found):  # NaN neither
+                raise ValueError(f"--{name} is {found}, expected finite numbers, at most {LARGEST:g}")
             if len(found) not in (1, channels):
                 problem = f"has {len(found)} values, but the model's input has {channels} channels"
                 raise ValueError(f"--{name} {problem}")

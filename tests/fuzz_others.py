@@ -24,7 +24,7 @@ import torch
 from data import cifar10
 from data.cifar10 import CLASS_NAMES, RECORD_BYTES, DataError, load_test
 from evaluate import load_checkpoint
-from models.evaluation.baseline import read_cache
+from models.evaluation.baseline import log_softmax, read_answers
 from models.resnet8 import ResNet8
 from tests.keras_files.damage import BYTES, edit_json
 
@@ -161,15 +161,17 @@ def fuzz_npz(folder: Path) -> tuple[Callable, Callable]:
     """The kept Keras answers: just what was kept, or asked for again."""
     answers, key = np.random.default_rng(0).random((100, 10), np.float32), "the key"
     buffer = io.BytesIO()
-    np.savez(buffer, key=np.array(key), probabilities=answers, format=np.array("a .h5"))
+    np.savez(buffer, key=np.array(key), logits=answers, format=np.array("a .h5"))
 
     def read(content: bytes) -> None:
         path = folder / "model.keras.npz"
         path.write_bytes(content)
-        found = read_cache(path, key, answers.shape, Silent())
+        found = read_answers(path, key, answers.shape, Silent())
         if found is None:
             raise ValueError("made again")
-        assert np.array_equal(found[0], answers) and found[1] == "a .h5", "other answers than were kept"
+        assert np.array_equal(found[0], log_softmax(answers)) and found[1] == "a .h5", (
+            "other answers than were kept"
+        )
 
     return lambda rng: damage_bytes(buffer.getvalue(), rng), read
 

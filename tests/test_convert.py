@@ -324,7 +324,7 @@ def test_back_replaces_nothing_that_it_did_not_write(model_file, tmp_path, comma
 def test_make_clean_removes_what_make_makes(tmp_path):
     """And no checkpoint of the user's own."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    made = ["resnet8.pt", "resnet8.json", "resnet8.keras.npz", "resnet8.keras-sample.npz"]
+    made = ["resnet8.pt", "resnet8.json", "resnet8_keras.keras.npz", "resnet8_keras.keras-sample.npz"]
     own = ["mine.pt", "mine.json", "resnet8_ft.pt", "resnet8_keras.h5", "resnet8.pt.old", "answers.npz"]
     (tmp_path / "checkpoints").mkdir()
     for name in made + own:

@@ -14,7 +14,7 @@ from models.common.errors import KerasFileError
 from models.keras.file import KerasFile, Layer
 from models.mapping import MAPPING
 from models.resnet8 import ResNet8
-from models.scaling import Scaling
+from models.scaling import LARGEST, Scaling
 
 
 def build_model(places: dict[str, Layer]) -> ResNet8:
@@ -114,6 +114,6 @@ def input_normalization(file: KerasFile, places: dict[str, Layer], keras_input: 
             raise KerasFileError(
                 f"layer '{layer.name}' ({layer.class_name}): not a scaling a channel"
             ) from None
-    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std != 0).all()):
+    if not (np.abs([mean, std]) <= LARGEST).all() or not std.all():
         raise KerasFileError(f"the input scaling comes to mean {mean.tolist()} and std {std.tolist()}")
     return Scaling(mean.tolist(), std.tolist())

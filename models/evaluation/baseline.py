@@ -21,7 +21,7 @@ from models.scaling import Scaling
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
-ANSWERS, SAMPLE_ANSWERS = ".keras.npz", ".keras-sample.npz"  # kept beside the checkpoint, by the images
+ANSWERS, SAMPLE_ANSWERS = ".keras.npz", ".keras-sample.npz"  # kept beside the Keras file, by the images
 
 
 def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes) -> Path | None:
@@ -39,10 +39,13 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
         problem = f"{described_in} names no source file"
     elif not path.is_file():
         problem = f"{path}, the source in {described_in.name}, is not there"
-    elif sha256_of(path) != source["sha256"]:
-        problem = f"{path} is not what {checkpoint.path.name} was converted from: its SHA-256 differs"
     else:
-        return path
+        try:
+            if sha256_of(path) == source["sha256"]:
+                return path
+            problem = f"{path} is not what {checkpoint.path.name} was converted from: its SHA-256 differs"
+        except OSError as error:
+            problem = f"{path}, the source in {described_in.name}, cannot be read: {error.strerror}"
     notes.add(f"no Keras baseline: {problem}; --keras FILE names one")
     return None
 
@@ -91,85 +94,124 @@ def keras_predictions(
     python: str,
     notes: Notes,
 ) -> Predictions:
-    """Return what the Keras model makes of the images: as kept beside the checkpoint, or from Keras itself.
+    """Return what the Keras model makes of the images: as kept beside its file, or from Keras itself.
 
-    Kept are Keras's probabilities and the key that they belong to: SHA-256 of the Keras file and of the
-    images, and what the Keras model is fed. `python` is the program that runs Keras. Raises KerasFileError,
-    ValueError or WorkerError with one line.
+    Kept are Keras's logits and the key that they belong to: SHA-256 of the Keras file and of the images, and
+    what the Keras model is fed. They lie beside the Keras file, for all checkpoints that are compared with
+    it, or beside the checkpoint, where its folder cannot be written. `python` is the program that runs Keras.
+    Raises KerasFileError, ValueError or WorkerError with one line.
     """
-    scaling, bn_eps = checkpoint.keras_scaling, checkpoint.model.bn1.eps  # weights alone do not say it
-    sha256 = sha256_of(keras_file)
+    sha256, bn_eps = sha256_of(keras_file), checkpoint.model.bn1.eps  # weights alone do not say it
+    # what `convert.py` says of a Keras file that it wrote, or else of the file that it read
+    scaling = checkpoint.keras_scaling.updated(written_metadata(keras_file, sha256).get("input", {}))
     key = {"keras": sha256, "images": dataset.sha256, **asdict(scaling), "bn_eps": bn_eps}
     key = json.dumps(key)
-    cache = checkpoint.path.with_suffix(SAMPLE_ANSWERS if dataset.is_sample else ANSWERS)
+    suffix = SAMPLE_ANSWERS if dataset.is_sample else ANSWERS
+    places = list(dict.fromkeys(path.with_suffix(suffix) for path in (keras_file, checkpoint.path)))
     shape = (len(dataset.labels), len(CLASS_NAMES))
-    probabilities, form = read_cache(cache, key, shape, notes) or (None, "")
-    if probabilities is None:
-        notes.add(f"asking Keras about {shape[0]:,} images, once: {cache} keeps the answer")
-        probabilities, form = ask_keras(keras_file, bn_eps, dataset.images, scaling, python)
-        if probabilities.shape != shape or not np.isfinite(probabilities).all():
+    found = next(filter(None, (read_answers(place, key, shape, notes) for place in places)), None)
+    if found is None:
+        notes.add(f"asking Keras about {shape[0]:,} images, once: {places[0]} keeps the answer")
+        logits, form = ask_keras(keras_file, bn_eps, dataset.images, scaling, python)
+        if logits.shape != shape or not np.isfinite(logits).all():
             raise ValueError(
-                f"{keras_file}: gives {probabilities.shape[1:]} values an image, or NaN; expected {shape[1]}"
+                f"{keras_file}: gives {logits.shape[1:]} values an image, or NaN; expected {shape[1]}"
             )
-        try:
-            content = {"key": np.array(key), "probabilities": probabilities, "format": np.array(form)}
-            write_atomically(cache, lambda file: np.savez(file, **content))
-        except OSError as error:
-            notes.add(f"{cache} cannot be written: {error.strerror}; the next run will ask Keras again")
+        found = log_softmax(logits), form
+        kept = {"probabilities": np.exp(found[0]).astype(np.float32), "logits": logits}
+        keep_answers(places, {"key": np.array(key), "format": np.array(form), **kept}, notes)
+    log_probabilities, form = found
     if not form and checkpoint.origin == sha256:  # answers kept by an earlier version do not say it
         form = checkpoint.metadata["source"].get("format", "")
-    # A float32 probability can be too small to be told from 0.
-    log_probabilities = np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
     return Predictions(name, keras_file, log_probabilities, dataset.labels, scaling, format=form)
 
 
-def read_cache(cache: Path, key: str, shape: tuple[int, int], notes: Notes) -> tuple[np.ndarray, str] | None:
-    """Return `ask_keras`'s answer as kept in `cache`; None if damaged or kept under another `key`."""
-    if not cache.exists():
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the float64 logarithms of the probabilities of (N, classes) logits."""
+    logits = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def read_answers(path: Path, key: str, shape: tuple[int, int], notes: Notes) -> tuple[np.ndarray, str] | None:
+    """Return the log-probabilities kept in a file, and the Keras file's format; None if there are none.
+
+    There are none where the file is damaged, or kept under another `key`.
+    """
+    if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(cache) as archive:  # np.load does not always compare the checksums
+        with zipfile.ZipFile(path) as archive:  # np.load does not always compare the checksums
             if archive.testzip():
                 raise ValueError
-        with np.load(cache, allow_pickle=False) as content:
+        with np.load(path, allow_pickle=False) as content:
             if str(content["key"]) != key:
-                notes.add(f"{cache} is of another Keras file, other images or another scaling: made again")
+                notes.add(f"{path} is of another Keras file, other images or another scaling: made again")
                 return None
-            probabilities = content["probabilities"]
-            form = str(content["format"]) if "format" in content else ""  # earlier answers have none
-        if probabilities.shape != shape or probabilities.dtype != np.float32 or not form.isprintable():
+            # answers that earlier versions kept have no format, and no logits
+            form = str(content["format"]) if "format" in content else ""
+            kept = content["logits" if "logits" in content else "probabilities"]
+            has_logits = "logits" in content
+        if kept.shape != shape or kept.dtype != np.float32 or not form.isprintable():
             raise ValueError
-        return probabilities, form
+        # a float32 probability can be too small to be told from 0
+        tiny = np.finfo(np.float32).tiny
+        return log_softmax(kept) if has_logits else np.log(np.maximum(kept.astype(np.float64), tiny)), form
     except Exception:  # np.load raises whatever the damage leads to
-        notes.add(f"{cache} is damaged: made again")
+        notes.add(f"{path} is damaged: made again")
         return None
+
+
+def keep_answers(places: list[Path], content: dict[str, np.ndarray], notes: Notes) -> None:
+    """Write Keras's answers to the first of the places that can be written and holds nothing of others."""
+    problems = []
+    for path in places:
+        try:
+            if is_foreign(path):
+                problems.append(f"{path} is not of evaluate.py's writing")
+                continue
+            write_atomically(path, lambda file: np.savez(file, **content))
+            return
+        except OSError as error:
+            problems.append(f"{path} cannot be written: {error.strerror}")
+    notes.add(f"{'; '.join(problems)}; the next run will ask Keras again")
+
+
+def is_foreign(path: Path) -> bool:
+    """Return whether a file is there that Keras's answers, damaged or not, cannot be."""
+    if not path.is_file():
+        return False
+    start = path.read_bytes()[:2]
+    if start != b"PK":
+        return start != b""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return "key" not in content
+    except Exception:  # whatever the damage leads to
+        return False
 
 
 def ask_keras(
     keras_file: Path, bn_eps: float, images: np.ndarray, scaling: Scaling, python: str
 ) -> tuple[np.ndarray, str]:
-    """Return Keras's (N, classes) float32 probabilities of (N, C, H, W) uint8 images, and the file's format.
+    """Return Keras's (N, classes) float32 logits of (N, C, H, W) uint8 images, and the file's format.
 
     `bn_eps` is for a file of weights alone, which does not say it. Raises as `keras_predictions` does.
     """
     # a run that finds the answer kept needs none of these
-    import torch
-
     from models.conversion.placing import with_graph
     from models.keras.file import read_keras_file, start_reader
     from models.keras.process import KerasProcess
 
-    with start_reader() as reader, KerasProcess(python) as keras:
+    with start_reader() as reader:
         try:
             file = with_graph(read_keras_file(keras_file, reader), bn_eps)
             takes = tuple(file.input_shape)
         except KerasFileError as error:  # which does not name the file
             raise KerasFileError(f"{keras_file}: {error}") from None
-        needed = (images.shape[2], images.shape[3], images.shape[1])
-        if any(n not in (None, m) for n, m in zip(takes, needed, strict=True)):
-            raise ValueError(f"{keras_file}: takes {takes} images, CIFAR-10's are {needed}")
+    needed = (images.shape[2], images.shape[3], images.shape[1])
+    if any(n not in (None, m) for n, m in zip(takes, needed, strict=True)):
+        raise ValueError(f"{keras_file}: takes {takes} images, CIFAR-10's are {needed}")
+    with KerasProcess(python) as keras:  # seconds to start, so once the file is known to be right
         keras.load(file)
-        outputs = keras.predict(images, scaling)
-    if not file.returns_probabilities:
-        outputs = torch.from_numpy(outputs.astype(np.float64)).softmax(dim=1).float().numpy()
-    return outputs, file.format
+        softmax = file.output_layer if file.returns_probabilities else None
+        return keras.predict(images, scaling, logits_of=softmax), file.format

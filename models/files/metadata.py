@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.files import check_writable, sha256_of, write_files
 from models.common.errors import OutputExistsError
+from models.scaling import LARGEST
 
 KERAS_SUFFIXES = (".h5", ".keras")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")
@@ -74,7 +75,7 @@ def write_with_json(path: Path, content: bytes, metadata: dict) -> None:
 
 
 def _is_number(value: object) -> bool:  # of a size that can be computed with; NaN is none
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _is_numbers(value: object) -> bool:

@@ -84,9 +84,14 @@ class KerasFile:
         return shape[1:]
 
     @property
+    def output_layer(self) -> Layer:
+        """The layer that computes the output."""
+        return next(layer for layer in reversed(self.layers) if not layer.is_identity)
+
+    @property
     def returns_probabilities(self) -> bool:
         """Whether the output has been through a softmax; otherwise it is logits."""
-        output = next(layer for layer in reversed(self.layers) if not layer.is_identity)
+        output = self.output_layer
         return output.class_name == "Softmax" or output.config.get("activation") == "softmax"
 
     @property

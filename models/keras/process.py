@@ -39,9 +39,15 @@ class KerasProcess(Worker):
         request = {"do": "activations", "scaling": asdict(scaling), "dtype": dtype}
         return self.ask(request, {"images": images})[1]
 
-    def predict(self, images: np.ndarray, scaling: Scaling, dtype: str = "float32") -> np.ndarray:
-        """Return the model's (N, classes) outputs, for images as `activations` takes them, and faster."""
+    def predict(
+        self, images: np.ndarray, scaling: Scaling, dtype: str = "float32", logits_of: Layer | None = None
+    ) -> np.ndarray:
+        """Return the model's (N, classes) outputs, for images as `activations` takes them, and faster.
+
+        `logits_of` is the output layer when its softmax is to be left out.
+        """
         request = {"do": "predict", "scaling": asdict(scaling), "dtype": dtype}
+        request |= {"logits_of": logits_of.name} if logits_of else {}
         return self.ask(request, {"images": images})[1]["outputs"]
 
     def build(self, layers: list[Layer], suffix: str) -> bytes:

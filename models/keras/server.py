@@ -13,8 +13,9 @@ import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 try:
@@ -38,7 +39,7 @@ class Server:
     def __init__(self) -> None:
         self.config, self.weights = {}, []  # of the model that is loaded
         self.models: dict[str, object] = {}  # built of them, by dtype
-        self.functions: dict[str, Callable] = {}  # and compiled, by dtype
+        self.functions: dict[tuple, Callable] = {}  # and compiled, by dtype and the layer without its softmax
         self.renamed: dict[str, str] = {}  # a layer's name in the rebuilt model -> in the file
 
     def respond(self, request: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
@@ -103,10 +104,10 @@ class Server:
         return {}, outputs
 
     def predict(
-        self, arrays: dict[str, np.ndarray], scaling: dict, dtype: str
+        self, arrays: dict[str, np.ndarray], scaling: dict, dtype: str, logits_of: str | None = None
     ) -> tuple[dict, dict[str, np.ndarray]]:
         """Return what the model makes of `images`, scaled: compiled, as `Model.predict` is, on every core."""
-        function, images = self.function_in(dtype), arrays["images"]
+        function, images = self.function_in(dtype, logits_of), arrays["images"]
 
         def outputs_from(start: int) -> np.ndarray:
             return np.asarray(function(scaled(images[start : start + BATCH_SIZE], scaling, dtype)))
@@ -128,18 +129,32 @@ class Server:
             self.models[dtype] = model
         return self.models[dtype]
 
-    def function_in(self, dtype: str) -> Callable:
-        """Return that model, compiled once for batches of any size."""
+    def function_in(self, dtype: str, logits_of: str | None) -> Callable:
+        """Return that model, compiled once for batches of any size; without the softmax of one layer."""
         import tensorflow as tf
 
-        if dtype not in self.functions:
+        if (dtype, logits_of) not in self.functions:
             model = self.model_in(dtype)
             batches = tf.TensorSpec([None, *model.input_shape[1:]], dtype)
             function = tf.function(
                 lambda images: model(images, training=False), input_signature=[batches], autograph=False
             )
-            self.functions[dtype] = function
-        return self.functions[dtype]
+            layers = {self.renamed.get(path, path): layer for path, layer in flat_layers(model)}
+            with without_softmax(layers[logits_of]) if logits_of else nullcontext():
+                self.functions[dtype, logits_of] = function.get_concrete_function()
+        return self.functions[dtype, logits_of]
+
+
+@contextmanager
+def without_softmax(layer: object) -> Iterator[None]:
+    """Let a layer give its logits, which say more: a probability of 1e-50 is 0 in float32."""
+    name = "activation" if hasattr(layer, "activation") else "call"  # Dense and Activation, or Softmax
+    softmax = getattr(layer, name)
+    setattr(layer, name, lambda inputs, **options: inputs)
+    try:
+        yield
+    finally:
+        setattr(layer, name, softmax)
 
 
 def scaled(pixels: np.ndarray, scaling: dict, dtype: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from convert import convert_back, convert_file
 from data.cifar10 import load_test
 from models.checkpoint import read_checkpoint
 from models.common.terminal import Notes
@@ -252,7 +254,7 @@ def test_answers_for_the_sample_and_for_the_full_set_lie_side_by_side(real, monk
     sample = load_test(Path("none"), "sample")
     checkpoint = read_checkpoint(real / "model.pt")
     other = replace(sample, sha256="0" * 64)  # any other images: those of the full set
-    answers = np.full((1000, 10), 0.1, np.float32)
+    answers = np.zeros((1000, 10), np.float32)
     monkeypatch.setattr(baseline, "ask_keras", lambda *_: (answers, ".h5"))
     baseline.keras_predictions("Keras", real / "model.h5", checkpoint, other, NOT_A_PYTHON, Notes())
     assert {path.name for path in real.glob("*.npz")} == {"model.keras-sample.npz", "model.keras.npz"}
@@ -266,3 +268,108 @@ def test_a_scaling_of_the_keras_model_that_does_not_fit_is_refused(tmp_path, wro
     save(random_model(), tmp_path / "model.pt", input=scaling(0.0, 1.0), source={"input": fed})
     line = refused("model.pt", cwd=tmp_path)
     assert f"model.json: source.input.{wrong} has 2 values, expected 3" in line
+
+
+@needs_real_model
+def test_answers_are_kept_once_a_keras_file(real, monkeypatch):
+    """Every checkpoint that is compared with it uses them, wherever it lies."""
+    (real / "runs").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(real / "model.pt", real / f"runs/{name}.pt")
+        metadata = json.loads((real / "model.json").read_text())
+        metadata["source"]["file"] = "../model.h5"
+        (real / f"runs/{name}.json").write_text(json.dumps(metadata))
+        stdout, metrics = evaluated(f"runs/{name}.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
+        assert "asking Keras" not in stdout and metrics["agreement"]["same_prediction"] == 1000
+
+
+@needs_real_model
+def test_answers_lie_beside_the_checkpoint_where_the_keras_files_folder_cannot_be_written(
+    real, monkeypatch, tmp_path
+):
+    sample = load_test(Path("none"), "sample")
+    write = baseline.write_atomically
+    (tmp_path / "own").mkdir()
+    for name in ("model.pt", "model.json"):
+        shutil.copy(real / name, tmp_path / "own")
+    (real / "model.keras-sample.npz").unlink()
+
+    def read_only(path, writer):
+        if path.parent == real:
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, writer)
+
+    monkeypatch.setattr(baseline, "write_atomically", read_only)
+    monkeypatch.setattr(baseline, "ask_keras", lambda *_: (np.zeros((1000, 10), np.float32), ".h5"))
+    checkpoint = read_checkpoint(tmp_path / "own/model.pt")
+    asked = ("Keras", real / "model.h5", checkpoint, sample, NOT_A_PYTHON)
+    baseline.keras_predictions(*asked, notes := Notes())
+    assert (tmp_path / "own/model.keras-sample.npz").exists() and "cannot be written" not in str(notes.lines)
+    monkeypatch.setattr(baseline, "ask_keras", None)
+    baseline.keras_predictions(*asked, Notes())
+
+
+@pytest.mark.parametrize("content", [b"my own file", None])
+def test_a_file_of_others_is_not_replaced(tmp_path, content):
+    """`None`: an .npz without our key."""
+    path, notes = tmp_path / "model.keras.npz", Notes()
+    path.write_bytes(content) if content else np.savez(path, weights=np.zeros(3))
+    before = path.read_bytes()
+    baseline.keep_answers([path], {"key": np.array("k")}, notes)
+    assert path.read_bytes() == before and "is not of evaluate.py's writing" in notes.lines[0]
+    other = tmp_path / "other.keras.npz"
+    baseline.keep_answers([path, other], {"key": np.array("k")}, notes)
+    assert path.read_bytes() == before and other.exists() and len(notes.lines) == 1
+
+
+def scale_kernel(path, index, factor):
+    """Multiply the kernel of the first or the last layer that has one."""
+    with h5py.File(path, "r+") as file:
+        layers = [layer for layer in json.loads(file.attrs["model_config"])["config"]["layers"]]
+        names = [e["config"]["name"] for e in layers if e["class_name"] in ("Conv2D", "Dense")]
+        group = file["model_weights"][names[index]]
+        kernel = next(name for name in group.attrs["weight_names"] if "kernel" in str(name))
+        group[kernel][...] = factor * group[kernel][...]
+
+
+@needs_real_model
+def test_a_keras_file_is_fed_what_its_own_json_says(real, keras_files, reader, keras):
+    """The way back with --rescaling: its model takes plain pixels, whatever the checkpoint's source took."""
+    scale_kernel(real / "model.h5", 0, 255)  # a model that wants pixels / 255
+    convert_file(real / "model.h5", real / "unit.pt", reader, std=[255.0])
+    convert_back(real / "unit.pt", real / "back.h5", reader, keras, rescaling=True, verify=False)
+    _, metrics = evaluated("unit.pt", "--keras", "back.h5", cwd=real)
+    assert metrics["keras"]["input"] == {"mean": [0.0] * 3, "std": [1.0] * 3}
+    assert metrics["pytorch"]["correct"] == metrics["keras"]["correct"] > 800
+
+
+@needs_real_model
+def test_the_loss_is_of_logits_on_both_sides(real, reader):
+    """Where a float32 softmax underflows, probabilities would hide how wrong a model is."""
+    scale_kernel(real / "model.h5", -1, 50)
+    convert_file(real / "model.h5", real / "sharp.pt", reader)
+    _, metrics = evaluated("sharp.pt", cwd=real)
+    assert metrics["pytorch"]["loss"] > 10
+    assert metrics["keras"]["loss"] == pytest.approx(metrics["pytorch"]["loss"], rel=1e-4)
+
+
+@needs_real_model
+def test_a_source_that_cannot_be_read_costs_the_baseline_alone(real, monkeypatch):
+    sha256_of = baseline.sha256_of
+
+    def unreadable(path):
+        if path.suffix == ".h5":
+            raise PermissionError(13, "Permission denied", str(path))
+        return sha256_of(path)
+
+    monkeypatch.setattr(baseline, "sha256_of", unreadable)
+    stdout, metrics = evaluated("model.pt", cwd=real)
+    assert "no Keras baseline: model.h5, the source in model.json, cannot be read: Perm" in stdout
+    assert metrics["keras"] is None
+
+
+@needs_real_model
+def test_a_keras_file_is_checked_before_keras_starts(real):
+    (real / "damaged.h5").write_bytes((real / "model.h5").read_bytes()[:20_000])
+    line = refused("model.pt", "--keras", "damaged.h5", "--keras-python", NOT_A_PYTHON, cwd=real)
+    assert line.startswith("error: damaged.h5: damaged") and NOT_A_PYTHON not in line
