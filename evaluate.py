@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from data.cifar10 import CLASS_NAMES, DataError, Dataset, load_test
+from data.cifar10 import CLASS_NAMES, PARTS, DataError, Dataset, load_test
 from data.files import check_writable
 from models.common.terminal import (
     Notes,
@@ -250,7 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", nargs="?", type=Path, help="a .pt file (checkpoints/resnet8.pt)")
     add = parser.add_argument_group("images").add_argument
     add("--data-dir", metavar="DIR", type=Path, help="where CIFAR-10 is (data)")
-    add("--data", choices=("auto", "full", "sample"), default="auto", help="the test set, or 1,000 of it")
+    add("--data", choices=PARTS, default="auto", help="the test set, 1,000 of it, MLPerf Tiny's 200 or 500")
     add("--download", action="store_true", help="download the test set into --data-dir if it is not there")
     add_scaling(parser.add_argument_group("what CHECKPOINT is fed, if its .json does not say"), "CHECKPOINT")
     group = parser.add_argument_group("what it is compared with")

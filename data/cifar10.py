@@ -1,4 +1,6 @@
-"""CIFAR-10 as numpy arrays: the official test and training sets, or the bundled sample of the test set.
+"""CIFAR-10 as numpy arrays: the official test and training sets, and parts of the test set.
+
+Parts are the bundled sample, and MLPerf Tiny's images to judge and to calibrate int8 models by.
 
 Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images";
 https://www.cs.toronto.edu/~kriz/cifar.html. All is read as records of its binary version: one label byte
@@ -41,6 +43,10 @@ BATCHES = {  # split -> file -> SHA-256, of the members of the official archive
 SAMPLE_FILE = Path(__file__).with_name("cifar10-sample-1000.bin")  # data/README.md shows how it was made
 SAMPLE_RECORDS = 1_000
 SAMPLE_SHA256 = "2874326af7bc2185faa47540a6da15a077e5b66659f8e479abb9ab628170fa86"
+# mlcommons/tiny, benchmark/training/image_classification/get_perf_samples_idxs.py
+PERF_SEED, PERF_IMAGES_PER_CLASS = 8108, 20
+CALIBRATION_FILE = Path(__file__).with_name("mlperf-tiny-calibration.txt")  # its source: data/README.md
+CALIBRATION_SHA256 = "b29cc155c261fc951e9084f80e064882d8b8f88e0a88dcee72d2691a691305b0"
 NETWORK_TIMEOUT = 20.0  # seconds without a byte
 
 
@@ -52,16 +58,27 @@ class DataError(Exception):
 class Dataset:
     """Labelled images, and what to call them."""
 
-    name: str  # "CIFAR-10 test set" or "CIFAR-10 sample"
+    name: str  # "CIFAR-10 test set", "CIFAR-10 sample", "MLPerf Tiny perf set" or "... calibration set"
     images: np.ndarray  # (N, 3, 32, 32) uint8, NCHW, RGB
     labels: np.ndarray  # (N,) int64, 0 to 9
     sha256: str  # hex digest of the N records, whichever version they were read from
     notice: str = ""  # one line for the user, when these are fewer images than asked for
+    part: str = ""  # of the test set: "sample", "perf" or "calibration"; "" for all of it
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """Return an image, (3, 32, 32) uint8, and its label; so a torch `DataLoader` takes a `Dataset`."""
+        return self.images[index], int(self.labels[index])
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, {len(self):,} images)"
 
     @property
     def is_sample(self) -> bool:
         """Whether it is the bundled sample of the test set."""
-        return self.sha256 == SAMPLE_SHA256
+        return self.part == "sample"
 
 
 @contextmanager
@@ -72,44 +89,87 @@ def _os_errors_as_data_errors() -> Iterator[None]:
         raise DataError(str(error)) from error
 
 
+PARTS = ("auto", "full", "sample", "perf", "calibration")  # what `load_test` can return
+
+
 @_os_errors_as_data_errors()
-def load_test(data_dir: Path, which: str = "auto", download: bool = False) -> Dataset:
-    """Return the 10,000 images of the official test set, or the 1,000 of the bundled sample.
+def load_test(data_dir: str | Path, which: str = "auto", download: bool = False) -> Dataset:
+    """Return the official test set of 10,000 images, or a part of it.
 
     `which` is "full", the official test set: the binary, else the Python version in `data_dir`, else (with
-    `download`) what is fetched into `data_dir`; or "sample"; or "auto", the first of these that is there.
-    Raises DataError when the data is missing, is not what it should be, or cannot be downloaded.
+    `download`) what is fetched into `data_dir`; "sample", the 1,000 bundled images of it; "auto", the first
+    of these that is there; or, of the official test set, MLPerf Tiny's images, in its order: "perf", the 200
+    that its runner judges by, or "calibration", the 500 for quantization.
+    Raises DataError when the data is missing, is not what it should be, or cannot be downloaded; ValueError
+    for another `which`.
     """
-    notice = ""
+    if which not in PARTS:
+        raise ValueError(f"which is {which!r}, expected one of {', '.join(PARTS)}")
+    data_dir, notice = Path(data_dir), ""
     if which != "sample":
         records = _official_records(data_dir, "test", download)
         if records is not None:
-            return _dataset("CIFAR-10 test set", records)
-        if which == "full":
+            return _part_of_test_set(records, which)
+        if which != "auto":
             raise DataError(f"{_not_found(data_dir, 'test')}: --download gets it")
         notice = f"{_not_found(data_dir, 'test')}: using 1,000 of its 10,000 images; --download gets them all"
-    return _dataset("CIFAR-10 sample", _read(SAMPLE_FILE, SAMPLE_RECORDS, SAMPLE_SHA256), notice)
+    records = _read(SAMPLE_FILE, SAMPLE_RECORDS, SAMPLE_SHA256)
+    return _dataset("CIFAR-10 sample", records, notice, "sample")
 
 
 @_os_errors_as_data_errors()
-def load_train(data_dir: Path, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def load_train(data_dir: str | Path, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return the official training set: (50000, 3, 32, 32) uint8 images, NCHW, and (50000,) uint8 labels.
 
     Searches and raises as `load_test` does with "full".
     """
+    data_dir = Path(data_dir)
     records = _official_records(data_dir, "training", download)
     if records is None:
         raise DataError(f"{_not_found(data_dir, 'training')}: --download gets it")
     return _images_and_labels(records)
 
 
+def perf_indices(labels: np.ndarray) -> np.ndarray:
+    """Return which of the test set's images MLPerf Tiny's runner judges by: (200,) int64, in its order.
+
+    `labels` are the whole test set's, (10000,), in the official order. Drawn as `get_perf_samples_idxs.py` of
+    mlcommons/tiny draws them: 20 of each class, then all shuffled.
+    """
+    random = np.random.default_rng(PERF_SEED)
+    classes = [np.flatnonzero(labels == label) for label in range(len(CLASS_NAMES))]
+    drawn = [random.choice(indices, PERF_IMAGES_PER_CLASS, replace=False) for indices in classes]
+    indices = np.concatenate(drawn)
+    random.shuffle(indices)
+    return indices
+
+
+@_os_errors_as_data_errors()
+def calibration_indices() -> np.ndarray:
+    """Return which of the test set's images MLPerf Tiny calibrates by: (500,) int64, in its order.
+
+    Raises DataError when their file is missing or damaged.
+    """
+    content = _checked(CALIBRATION_FILE.read_bytes(), CALIBRATION_SHA256, CALIBRATION_FILE)
+    return np.loadtxt(content.decode().splitlines(), np.int64).ravel()
+
+
+def _part_of_test_set(records: bytes, which: str) -> Dataset:
+    """Return all of the test set's records, or MLPerf Tiny's."""
+    if which in ("auto", "full"):
+        return _dataset("CIFAR-10 test set", records)
+    table = np.frombuffer(records, np.uint8).reshape(-1, RECORD_BYTES)
+    indices = perf_indices(table[:, 0]) if which == "perf" else calibration_indices()
+    return _dataset(f"MLPerf Tiny {which} set", table[indices].tobytes(), part=which)
+
+
 def _not_found(data_dir: Path, split: str) -> str:
     return f"no complete CIFAR-10 {split} set in {data_dir} ({BINARY_FOLDER} or {PYTHON_FOLDER})"
 
 
-def _dataset(name: str, records: bytes, notice: str = "") -> Dataset:
+def _dataset(name: str, records: bytes, notice: str = "", part: str = "") -> Dataset:
     images, labels = _images_and_labels(records)
-    return Dataset(name, images, labels.astype(np.int64), hashlib.sha256(records).hexdigest(), notice)
+    return Dataset(name, images, labels.astype(np.int64), hashlib.sha256(records).hexdigest(), notice, part)
 
 
 def _images_and_labels(records: bytes) -> tuple[np.ndarray, np.ndarray]:

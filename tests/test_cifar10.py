@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 
 from data import cifar10
-from data.cifar10 import CLASS_NAMES, RECORD_BYTES, DataError, load_test, load_train
+from data.cifar10 import (
+    CLASS_NAMES,
+    RECORD_BYTES,
+    DataError,
+    calibration_indices,
+    load_test,
+    load_train,
+    perf_indices,
+)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -90,7 +98,7 @@ def test_readme_snippet_makes_the_sample_byte_for_byte(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cifar-10-batches-bin").symlink_to(TEST_BATCH.parent)
     readme = (ROOT / "data" / "README.md").read_text()
-    snippet = readme.split("```python\n")[1].split("```")[0]
+    snippet = readme.split("## How the sample was made")[1].split("```python\n")[1].split("```")[0]
     subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)
     made = (tmp_path / "data" / "cifar10-sample-1000.bin").read_bytes()
     assert made == cifar10.SAMPLE_FILE.read_bytes()
@@ -119,6 +127,87 @@ def test_damaged_sample_is_refused(tmp_path, monkeypatch):
     assert str(damaged) in one_line_error(load_test, tmp_path)
     damaged.unlink()
     assert str(damaged) in one_line_error(load_test, tmp_path, "sample")
+
+
+# A data set
+
+
+def test_a_path_may_be_a_string(tmp_path, tiny):
+    assert load_test("/nowhere", "sample").is_sample
+    write_binary_version(tmp_path, tiny)
+    assert load_test(str(tmp_path)).sha256 == load_test(tmp_path).sha256
+    assert np.array_equal(load_train(str(tmp_path))[0], load_train(tmp_path)[0])
+
+
+def test_another_part_is_an_error_and_not_the_whole():
+    with pytest.raises(ValueError, match="which is 'perv', expected one of auto, full, sample, perf, calib"):
+        load_test(SHARED, "perv")
+
+
+def test_a_torch_data_loader_takes_a_data_set():
+    from torch.utils.data import DataLoader
+
+    sample = load_test("/nowhere", "sample")
+    assert len(sample) == 1000
+    image, label = sample[7]
+    assert np.array_equal(image, sample.images[7]) and label == sample.labels[7]
+    images, labels = next(iter(DataLoader(sample, batch_size=64)))
+    assert (images.shape, str(images.dtype)) == ((64, 3, 32, 32), "torch.uint8")
+    assert np.array_equal(images, sample.images[:64])
+    assert np.array_equal(labels, sample.labels[:64])
+    assert len(list(sample)) == 1000  # it ends
+
+
+def test_a_data_set_is_shown_in_a_line():
+    assert repr(load_test("/nowhere", "sample")) == "Dataset('CIFAR-10 sample', 1,000 images)"
+
+
+# MLPerf Tiny's images
+
+
+@needs_test_set
+@pytest.mark.parametrize(("part", "images"), [("perf", 200), ("calibration", 500)])
+def test_mlperf_tiny_images_are_the_official_ones_in_their_order(part, images):
+    test_set, found = load_test(SHARED), load_test(SHARED, part)
+    official = np.load(SHARED / "mlperf_tiny" / f"{part}_samples_idxs.npy")
+    indices = perf_indices(test_set.labels) if part == "perf" else calibration_indices()
+    assert np.array_equal(indices, official) and indices.dtype == np.int64
+    assert (found.name, found.part, len(found)) == (f"MLPerf Tiny {part} set", part, images)
+    assert np.array_equal(found.images, test_set.images[official])
+    assert np.array_equal(found.labels, test_set.labels[official])
+    assert found.sha256 == hashlib.sha256(to_records(found.images, found.labels)).hexdigest()
+
+
+@needs_test_set
+def test_perf_images_are_twenty_of_each_class():
+    assert np.bincount(load_test(SHARED, "perf").labels).tolist() == [20] * 10
+
+
+def test_calibration_images_can_be_had_without_the_test_set():
+    """But for five, they are none of the runner's."""
+    indices = calibration_indices()
+    assert len(set(indices)) == 500 and indices.min() == 18 and indices.max() == 9950
+    assert indices[:3].tolist() == [5802, 6250, 8108]
+
+
+@needs_test_set
+def test_five_calibration_images_are_perf_images():
+    assert len({*calibration_indices()} & {*perf_indices(load_test(SHARED).labels)}) == 5
+
+
+@pytest.mark.parametrize("part", ["perf", "calibration"])
+def test_mlperf_tiny_images_need_the_test_set(tmp_path, part):
+    """The bundled sample holds but some of them."""
+    message = one_line_error(load_test, tmp_path, part)
+    assert message.startswith(f"no complete CIFAR-10 test set in {tmp_path}") and "--download" in message
+
+
+def test_a_damaged_list_of_the_calibration_images_is_refused(tmp_path, monkeypatch):
+    damaged = tmp_path / "calibration.txt"
+    monkeypatch.setattr(cifar10, "CALIBRATION_FILE", damaged)
+    assert str(damaged) in one_line_error(calibration_indices)
+    damaged.write_text("1 2 3\n")
+    assert one_line_error(calibration_indices).startswith(f"{damaged}: SHA-256 ")
 
 
 # The binary version

@@ -21,7 +21,12 @@ from models.scaling import Scaling
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
-ANSWERS, SAMPLE_ANSWERS = ".keras.npz", ".keras-sample.npz"  # kept beside the Keras file, by the images
+ANSWERS = {  # kept beside the Keras file, by the part of the test set
+    "": ".keras.npz",
+    "sample": ".keras-sample.npz",
+    "perf": ".keras-perf.npz",
+    "calibration": ".keras-calibration.npz",
+}
 
 
 def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes) -> Path | None:
@@ -106,7 +111,7 @@ def keras_predictions(
     scaling = checkpoint.keras_scaling.updated(written_metadata(keras_file, sha256).get("input", {}))
     key = {"keras": sha256, "images": dataset.sha256, **asdict(scaling), "bn_eps": bn_eps}
     key = json.dumps(key)
-    suffix = SAMPLE_ANSWERS if dataset.is_sample else ANSWERS
+    suffix = ANSWERS[dataset.part]
     places = list(dict.fromkeys(path.with_suffix(suffix) for path in (keras_file, checkpoint.path)))
     shape = (len(dataset.labels), len(CLASS_NAMES))
     found = next(filter(None, (read_answers(place, key, shape, notes) for place in places)), None)

@@ -247,17 +247,18 @@ def test_answers_belong_to_the_epsilon_too(real):
 
 
 @needs_real_model
-def test_answers_for_the_sample_and_for_the_full_set_lie_side_by_side(real, monkeypatch):
-    """A run on the sample leaves what Keras said of the full set, and the other way round."""
+@pytest.mark.parametrize("part, kept_as", [("", "model.keras.npz"), ("perf", "model.keras-perf.npz")])
+def test_answers_for_the_sample_and_for_other_images_lie_side_by_side(real, monkeypatch, part, kept_as):
+    """A run on the sample leaves what Keras said of the full set or of the 200, and the other way round."""
     kept = {path: path.read_bytes() for path in real.glob("*.npz")}
     assert [path.name for path in kept] == ["model.keras-sample.npz"]
     sample = load_test(Path("none"), "sample")
     checkpoint = read_checkpoint(real / "model.pt")
-    other = replace(sample, sha256="0" * 64)  # any other images: those of the full set
+    other = replace(sample, sha256="0" * 64, part=part)  # any other images
     answers = np.zeros((1000, 10), np.float32)
     monkeypatch.setattr(baseline, "ask_keras", lambda *_: (answers, ".h5"))
     baseline.keras_predictions("Keras", real / "model.h5", checkpoint, other, NOT_A_PYTHON, Notes())
-    assert {path.name for path in real.glob("*.npz")} == {"model.keras-sample.npz", "model.keras.npz"}
+    assert {path.name for path in real.glob("*.npz")} == {"model.keras-sample.npz", kept_as}
     assert all(path.read_bytes() == content for path, content in kept.items())
     evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
 
