@@ -31,8 +31,8 @@ def turn(model: ResNet8, image_size: tuple[int, int] = (32, 32)) -> ResNet8:
     `turn(model)(images.flip(2, 3))` are the logits of `model(images)`; only the rounding differs. It is for
     compilers and accelerators that pad all sides alike. On an even size Keras pads a strided 3x3 convolution
     by (0, 1). With image and kernels turned that is (1, 0), and so is `padding=1`, whose far pixel no window
-    reads. The strided 1x1 shortcut reads the pixels 0, 2, ...; turned, they are 1, 3, ...: the far ones of the
-    2x2 windows, so it becomes a 2x2 convolution whose three other weights are 0.
+    reads. The strided 1x1 shortcut reads the pixels 0, 2, ...; turned, they are 1, 3, ...: the far ones of
+    all 2x2 windows, so it becomes a 2x2 convolution whose three other weights are 0.
 
     `image_size` is the images' height and width. Raises ValueError unless both are multiples of 4, since both
     strided stages need an even size.
