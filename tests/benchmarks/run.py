@@ -59,10 +59,11 @@ class Size:
     image_counts: tuple[int, ...]
     file_counts: tuple[int, ...]  # converted in one call, not verified; the first is 1
     verified_counts: tuple[int, ...]  # and verified; the first is 1
+    evaluated_counts: tuple[int, ...]  # checkpoints evaluated in one call; the first is 1
 
 
-FULL = Size(10_000, 7, 3, (1_000, 5_000, 10_000, 20_000), (1, 10, 50, 100), (1, 5))
-QUICK = Size(1_000, 1, 1, (500, 1_000), (1, 5), (1, 2))
+FULL = Size(10_000, 7, 3, (1_000, 5_000, 10_000, 20_000), (1, 10, 50, 100), (1, 5), (1, 10, 50))
+QUICK = Size(1_000, 1, 1, (500, 1_000), (1, 5), (1, 2), (1, 2, 3))
 
 
 # --- 1. Whole commands -----------------------------------------------------------------------------------
@@ -107,6 +108,7 @@ TORCH, TORCH_H5PY = 'python -c "import torch"', 'python -c "import torch, h5py"'
 IMPORT_KERAS = 'python -c "import keras"'
 CONVERT, VERIFY = "convert.py --no-verify", "convert.py"
 FIRST, REPEATED = "evaluate.py, the first time", "evaluate.py, repeated"
+MANY = "evaluate.py --no-keras, without the inference"
 
 
 def measure_commands(
@@ -148,12 +150,23 @@ def measure_files(
     return {count: middle(found) for count, found in costs.items()}
 
 
-def measure_compared(folder: Path, others: int) -> float:
-    """Return the MB that `others` more checkpoints add to an `evaluate.py --compare` of two."""
-    checkpoint = folder / "resnet8.pt"
-    command = ["evaluate.py", checkpoint, "--data", "sample", "--no-keras", "--output", folder]
-    few, many = [checkpoint], [checkpoint] * (1 + others)
-    return python(*command, "--compare", *many).memory - python(*command, "--compare", *few).memory
+def measure_evaluated(folder: Path, counts: tuple[int, ...], rounds: int) -> dict[int, Cost]:
+    """Return the cost of evaluating so many checkpoints in one call, without the inference, by number."""
+    files = [folder / f"run{index}.pt" for index in range(max(counts))]
+    for file in files:
+        shutil.copy(folder / "resnet8.pt", file)
+        shutil.copy(folder / "resnet8.json", file.with_suffix(".json"))
+    costs = {count: [] for count in counts}
+    for _ in range(rounds):
+        for count, found in costs.items():
+            first, *others = files[:count]
+            compared = ["--compare", *others] if others else []
+            options = ["--data", "sample", "--no-keras", "--output", folder]
+            cost = python("evaluate.py", first, *compared, *options)
+            metrics = json.loads((folder / "metrics.json").read_text())
+            inference = sum(each["throughput"]["seconds"] for each in (metrics, *metrics["compared"]))
+            found.append(replace(cost, seconds=cost.seconds - inference))
+    return {count: middle(found) for count, found in costs.items()}
 
 
 # --- 2. Inference ----------------------------------------------------------------------------------------
@@ -267,7 +280,7 @@ def inference_table(results: dict[str, Result | str], images: int) -> Table:
 
 
 def growth_tables(
-    images: dict[int, Result], files: dict[int, Cost], verified: dict[int, Cost]
+    images: dict[int, Result], files: dict[int, Cost], verified: dict[int, Cost], evaluated: dict[int, Cost]
 ) -> list[Table]:
     """Return the tables of the curves."""
     of_images = Table("images", title="evaluate.py's inference, by the number of images")
@@ -277,7 +290,7 @@ def growth_tables(
         each = 1e6 * result.seconds / count
         of_images.add_row(f"{count:,}", f"{result.seconds:.3f}", f"{each:.1f}", f"{result.memory:,.0f}")
     tables = [of_images]
-    for command, costs in ((CONVERT, files), (VERIFY, verified)):
+    for command, costs in ((CONVERT, files), (VERIFY, verified), (MANY, evaluated)):
         table = Table("files", title=f"{command}, by the number of files in one call")
         for name in ("seconds", "milliseconds a file\nbeyond the first", "peak memory, MB"):
             table.add_column(name, justify="right")
@@ -300,7 +313,7 @@ def targets_table(
     results: dict[str, Result | str],
     files: dict[int, Cost],
     verified: dict[int, Cost],
-    compared: tuple[int, float],
+    evaluated: dict[int, Cost],
 ) -> Table:
     """Return the table of the targets: what was asked for, what was measured, and whether that is enough."""
     table = Table("target", "at least", "at most", "measured", "reached", title="Targets")
@@ -339,12 +352,12 @@ def targets_table(
     row(f"{CONVERT}, memory beyond that import", costs[CONVERT].memory - floor.memory, "{:.0f} MB", most=60)
     beyond = repeated.memory - costs[TORCH].memory
     row(f"{REPEATED}, memory beyond the import of torch", beyond, "{:.0f} MB", most=250)
-    first, last = min(files), max(files)
     noise = 5  # MB by which the same command differs from run to run
-    growth = files[last].memory - files[first].memory
-    row(f"{CONVERT}, memory that {last - first} more files add", growth, "{:.0f} MB", most=noise)
-    others, growth = compared
-    row(f"evaluate.py --compare, memory that {others} more checkpoints add", growth, "{:.0f} MB", most=noise)
+    several = {count: cost for count, cost in evaluated.items() if count > 1}  # with a table of pairs
+    for command, found in ((CONVERT, files), (MANY, several)):
+        first, last = min(found), max(found)
+        growth = found[last].memory - found[first].memory
+        row(f"{command}, memory that {last - first} more files add", growth, "{:.0f} MB", most=noise)
     return table
 
 
@@ -403,18 +416,19 @@ def measure(keras_file: Path, data_dir: Path, output: Path, size: Size) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # all that is started here runs on the CPU
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         # the commands first: while this process is small (see `python`)
         console.print("whole commands ...")
         dataset = load_test(data_dir)
         data = ["--data-dir", data_dir, "--data", "full"]
         if dataset.is_sample or size.images == QUICK.images:
             data = ["--data", "sample"]
+        name, keras_file = keras_file.name, shutil.copy(keras_file, folder / "resnet8.h5")  # for its answers
         costs, inference = measure_commands(keras_file, data, folder, size.slow_rounds)
         files = measure_files(keras_file, folder, size.file_counts, size.slow_rounds, "--no-verify")
         verified = measure_files(keras_file, folder, size.verified_counts, 1)
-        compared = 20, measure_compared(folder, 20)
+        evaluated = measure_evaluated(folder, size.evaluated_counts, size.slow_rounds)
 
         console.print("inference ...")
         metadata = json.loads((folder / "resnet8.json").read_text())
@@ -438,10 +452,10 @@ def measure(keras_file: Path, data_dir: Path, output: Path, size: Size) -> None:
     tables = [
         inference_table(results, size.images),
         commands_table(costs),
-        targets_table(costs, inference, results, files, verified, compared),
-        *growth_tables(images, files, verified),
+        targets_table(costs, inference, results, files, verified, evaluated),
+        *growth_tables(images, files, verified, evaluated),
     ]
-    head = f"{machine()} Model: {keras_file.name}; data: {dataset.name}"
+    head = f"{machine()} Model: {name}; data: {dataset.name}"
     console.print(head)
     for table in tables:
         console.print("", table)
