@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from data.cifar10 import CLASS_NAMES, PARTS, DataError, Dataset, load_test
-from data.files import check_writable
 from models.common.terminal import (
     Notes,
     add_keras_python,
     add_scaling,
     beside_the_scripts,
     check_scaling,
+    output_width,
     run,
 )
 from models.evaluation.baseline import keras_baseline
@@ -38,7 +38,7 @@ from models.evaluation.metrics import (
     near_chance_notes,
     short_names,
 )
-from models.evaluation.results import RESULTS, Evaluation, write_results
+from models.evaluation.results import Evaluation, check_results, write_results
 from models.keras.worker import WorkerError
 from models.scaling import Scaling
 
@@ -76,7 +76,7 @@ def main() -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate the checkpoints of the command line, print and write the results, return the exit status."""
     notes = Notes()
-    check_writable(options.output / name for name in RESULTS[: 2 + options.report])  # before the work
+    check_results(options.output, options.report, [options.checkpoint, *options.compare])  # before the work
     dataset = load_test(options.data_dir, options.data, options.download)
     if dataset.notice:
         notes.add(dataset.notice)
@@ -101,11 +101,13 @@ def evaluate(options: argparse.Namespace) -> int:
     ours = predict_folded(predict, checkpoint, name, keras, notes) if may_fold else predict(checkpoint, name)
 
     # Print and write
+    guards = check_guards([ours, *compared], keras or ours, options.min_accuracy, options.max_drop)
+    evaluation = Evaluation(
+        dataset, checkpoint, ours, keras, compared, notes.lines, guards, options.per_class
+    )
+    print(f"\n{evaluation.summary(output_width())}")
     for near_chance in near_chance_notes(ours, compared, keras, options.mean or options.std):
         notes.add(near_chance)
-    guards = check_guards([ours, *compared], keras or ours, options.min_accuracy, options.max_drop)
-    evaluation = Evaluation(dataset, checkpoint, ours, keras, compared, notes.lines, guards)
-    print(f"\n{evaluation.summary}")
     written = write_results(evaluation, options.output, options.report)
     print(f"wrote {', '.join(map(str, written))}")
     return print_shortfalls(guards)
@@ -182,7 +184,8 @@ def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Pr
         scaling, path = checkpoint.scaling, checkpoint.path
         found = inference.measure(model, dataset, scaling, name, batch_size, workers, path)
         ran = {"device": device.type, "dtype": options.dtype, "batch_norm_folded": fold}
-        return replace(found, throughput={**found.throughput, **ran})
+        size = inference.network_size(checkpoint.model, dataset.images.shape[1:])
+        return replace(found, throughput={**found.throughput, **ran}, network=size)
 
     return predict
 
@@ -267,6 +270,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("results").add_argument
     add("--output", metavar="DIR", type=Path, default=Path("results"), help="metrics.txt, .json (results)")
     add("--report", action="store_true", help="draw report.png too")
+    add("--per-class", action="store_true", help="accuracy per class, however many models there are")
     add("--min-accuracy", metavar="A", type=fraction, help="exit with status 3 below this fraction")
     add("--max-drop", metavar="D", type=fraction, help="and if further below Keras, or else CHECKPOINT")
     options = parser.parse_args()

@@ -27,11 +27,14 @@ def run(command: Callable[[], int]) -> int:
     """Run a command; return its exit status.
 
     Ctrl-C ends it with one line. A reader of its output that goes away (`| head -1`) ends the printing, not
-    the work; if the output cannot be written otherwise (a full disk), that is said when the work is done.
+    the work; if the output cannot be written otherwise (a full disk), that is said when the work is done. A
+    letter that the terminal's encoding lacks is printed as its code, as on stderr.
     """
     gc.set_threshold(COLLECT_AFTER)
     # Python has no stdout when it is closed (`>&-`)
-    sys.stdout = output = _Output(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115
+    stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = output = _Output(stdout)
     try:
         status = command()
         output.flush()
@@ -104,6 +107,11 @@ class Notes:
         if line not in self.lines:
             self.lines.append(line)
             print_note(line)
+
+
+def output_width() -> int:
+    """Return how many columns a table may take: the terminal's, at least 80; in a pipe 80."""
+    return max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 80
 
 
 def wrapped(text: str, indent: str) -> str:

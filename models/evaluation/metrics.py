@@ -11,7 +11,7 @@ from data.cifar10 import CLASS_NAMES
 from models.scaling import Scaling
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
     """What one model makes of the images, and how fast."""
 
@@ -23,6 +23,11 @@ class Predictions:
     throughput: dict | None = None  # None: Keras, whose speed is not measured here
     format: str = ""  # what the file is, such as "Keras 2.4.0 .h5 whole model"; "" for a state_dict
     sparsity: float | None = None  # the part of the weights that is 0; None where it is not known
+    network: dict | None = None  # its size, as `inference.network_size` returns it; None where not known
+
+    def __repr__(self) -> str:
+        accuracy, images = self.metrics["accuracy"], len(self.labels)
+        return f"Predictions({self.name!r}, accuracy {accuracy:.4f}, {images:,} images)"
 
     @cached_property
     def classes(self) -> np.ndarray:
@@ -34,7 +39,7 @@ class Predictions:
         """Whether it is right less than twice as often as a guess."""
         return self.metrics["accuracy"] < 2 / len(CLASS_NAMES)
 
-    @property
+    @cached_property
     def probabilities(self) -> np.ndarray:
         """(N, classes) float64."""
         return np.exp(self.log_probabilities)
@@ -43,35 +48,72 @@ class Predictions:
     def metrics(self) -> dict:
         """Accuracy (fractions of 1), loss (mean cross-entropy, in nats), and the confusion matrix.
 
-        Row i, column j of the matrix counts the images of class i that were taken for class j.
+        Row i, column j of the matrix counts the images of class i that were taken for class j. The accuracy
+        of a class without images is None.
         """
         images, classes = self.log_probabilities.shape
         confusion = np.bincount(self.labels * classes + self.classes, minlength=classes**2)
         confusion = confusion.reshape(classes, classes)
-        per_class = confusion.diagonal() / confusion.sum(axis=1)
+        right, of = confusion.diagonal().tolist(), confusion.sum(axis=1).tolist()
+        per_class = [some / many if many else None for some, many in zip(right, of, strict=True)]
         correct = int(confusion.trace())
         return {
             "accuracy": correct / images,
             "correct": correct,
             "confidence_interval_95": wilson_interval(correct, images),
             "loss": float(-self.log_probabilities[np.arange(images), self.labels].mean()),
-            "per_class_accuracy": dict(zip(CLASS_NAMES, per_class.tolist(), strict=True)),
+            "per_class_accuracy": dict(zip(CLASS_NAMES, per_class, strict=True)),
             "confusion_matrix": confusion.tolist(),
         }
 
 
-def compare(first: Predictions, second: Predictions) -> dict:
-    """Return how two models agree, image by image; differences are second minus first."""
+class Agreement(dict):
+    """How two models agree: a plain dict, as JSON keeps it, that prints as a sentence."""
+
+    def __str__(self) -> str:
+        first, second = self["models"]
+        return (
+            f"{second} vs {first}: same class on {self['same_prediction']:,} of {self['images']:,} images, "
+            f"accuracy {100 * self['accuracy_difference']:+.2f} points "
+            f"(McNemar's p {p_text(self['mcnemar_p'])}), a probability differs by "
+            f"{difference_text(self['mean_abs_probability_difference'])} on average, "
+            f"{difference_text(self['max_abs_probability_difference'])} at most"
+        )
+
+
+def p_text(p: float) -> str:
+    """Return a p-value in at most 6 characters: "0.85", "0.049", "2e-49"; where it is tiny, a bound."""
+    if p >= 0.001:
+        return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
+    return f"{p:.0e}" if p > 1e-99 else "<1e-99"
+
+
+def difference_text(difference: float) -> str:
+    """Return a difference of a probability in at most 7 characters: "0", "0.031", "3.1e-06"."""
+    if difference == 0:
+        return "0"
+    return f"{difference:.3f}" if difference >= 0.001 else f"{difference:.1e}"
+
+
+def compare(first: Predictions, second: Predictions) -> Agreement:
+    """Return how two models agree, image by image; differences are second minus first.
+
+    Printed it is a sentence. Fractions are of 1; the mean difference is over all images and classes.
+    """
     first_right, second_right = (each.classes == each.labels for each in (first, second))
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
-    return {
+    differences = np.abs(first.probabilities - second.probabilities)
+    found = {
         "models": [first.name, second.name],
+        "images": len(first.labels),
         "same_prediction": int((first.classes == second.classes).sum()),
-        "max_abs_probability_difference": float(np.abs(first.probabilities - second.probabilities).max()),
+        "max_abs_probability_difference": float(differences.max()),
+        "mean_abs_probability_difference": float(differences.mean()),
         "accuracy_difference": (only_second - only_first) / len(first.labels),
         "mcnemar_p": mcnemar_p(only_first, only_second),
     }
+    return Agreement(found)
 
 
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:

@@ -8,29 +8,33 @@ import json
 import os
 import platform
 import textwrap
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES, Dataset
-from data.files import sha256_of, write_files
-from models.evaluation.metrics import Predictions, compare
+from data.files import check_writable, sha256_of, write_files
+from models.evaluation.metrics import Agreement, Predictions, compare, difference_text, p_text
+from models.files.metadata import json_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from models.checkpoint import Checkpoint
 
 # rich, torch and matplotlib are imported where they are needed: `evaluate.py --help` needs none.
 
-RESULTS = ("metrics.txt", "metrics.json", "report.png")
+WIDTH = 80  # columns of metrics.txt, and of what goes into a pipe
 SIGNIFICANCE = 0.05  # below this, a difference is more than chance
-COLUMNS = 4  # models in one table: more do not fit 80 columns
-LABEL = 24  # columns for the names of two models, beside their figures
+MANY = 20  # models: above, metrics.json has each with the first and with CHECKPOINT, no more each with each
+LONGEST_DRAWN = 24  # letters of a name beside a row of report.png
+RESULTS = ("metrics.txt", "metrics.json", "report.png")
+TITLE = "ResNet8 on the "  # how metrics.txt begins
+KEYS = {"checkpoint", "checkpoint_sha256", "dataset", "pytorch", "pairs"}  # of metrics.json, among others
+DRAWN_BY = "ResNet8 evaluate.py"  # in report.png, as PNG's "Software"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,84 +45,122 @@ class Evaluation:
     checkpoint: Checkpoint
     ours: Predictions  # the checkpoint's
     keras: Predictions | None
-    compared: list[Predictions]  # the --compare checkpoints'
+    compared: list[Predictions]  # the other checkpoints'
     notes: list[str]
     guards: list[dict]  # what --min-accuracy and --max-drop asked for, and whether it was met
+    per_class: bool = False  # whether to show each class's accuracy for more than one checkpoint too
 
     @property
     def title(self) -> str:
         """What was evaluated on what, in one line."""
-        return f"ResNet8 on the {self.dataset.name}, {len(self.dataset.labels):,} images"
+        return f"{TITLE}{self.dataset.name}, {len(self.dataset.labels):,} images"
 
     @property
     def all_predictions(self) -> list[Predictions]:
-        """Every model's, in the order of the tables."""
+        """Every model's, in the order of the tables; the others are compared with the first."""
         return [*([self.keras] if self.keras else []), self.ours, *self.compared]
 
     @cached_property
-    def pairs(self) -> list[dict]:
-        """How each two models agree: `compare`'s results."""
-        return [compare(first, second) for first, second in itertools.combinations(self.all_predictions, 2)]
+    def date(self) -> str:
+        """When it was evaluated, in ISO 8601."""
+        return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     @cached_property
-    def summary(self) -> str:
-        """The title and the tables, as plain text 80 columns wide."""
-        everyone = self.all_predictions
-        longest = max(len(word) for each in everyone for word in each.name.split())
-        columns = max(1, min(COLUMNS, 58 // (longest + 2)))  # so that no name is broken in its middle
-        tables = [models_table(everyone[i : i + columns]) for i in range(0, len(everyone), columns)]
-        agreement = [pairs_text(self.pairs)] if self.pairs else []
-        scalings = [each.scaling.says(each.name) for each in everyone if not each.scaling.is_plain]
-        return "\n\n".join([self.title, self.files, as_text(tables), *agreement, *scalings]) + "\n"
+    def pairs(self) -> list[Agreement]:
+        """How each two models agree, first the others with the first; of more than MANY not all of them."""
+        pairs = itertools.combinations(self.all_predictions, 2)
+        if len(self.all_predictions) > MANY:
+            pairs = (pair for pair in pairs if pair[0] in (self.keras, self.ours))
+        return [compare(first, second) for first, second in pairs]
 
-    @property
-    def files(self) -> str:
-        """The file of each model, a line each; how it was computed where that is not float32 on the CPU."""
-        lines = []
-        for each in self.all_predictions:
-            ran = each.throughput and (each.throughput["dtype"], each.throughput["device"])
-            detail = f", {ran[0]} on {ran[1]}" if ran and ran != ("float32", "cpu") else ""
-            if each.format:
-                detail = f", {each.format}"
-            lines.append(f"{each.name}: {each.path}{detail}")
-        return "\n".join(lines)
+    def summary(self, width: int = WIDTH) -> str:
+        """Return the title and the tables as plain text, at most `width` columns wide, from 80 on."""
+        labels, tables = fitting_tables(self, width)
+        scalings = [
+            each.scaling.says(each.name) for each in self.all_predictions if not each.scaling.is_plain
+        ]
+        return "\n\n".join([self.title, files_text(self, labels), *tables, *scalings]) + "\n"
+
+
+def check_results(folder: Path, with_figure: bool, checkpoints: list[Path]) -> None:
+    """Raise, before the work, where `write_results` could not write, or would replace what is not ours.
+
+    Ours is what `evaluate.py` wrote, as the file itself shows: a foreign metrics.json may be the JSON of a
+    checkpoint called metrics.pt, among others of the `checkpoints` that are evaluated. Raises OSError, which
+    names the path, or ValueError with one line.
+    """
+    paths = [folder / name for name in RESULTS[: 2 + with_figure]]
+    check_writable(paths)
+    instead = "--output names another folder"
+    for path in paths:
+        for checkpoint in checkpoints:
+            if os.path.realpath(json_of(checkpoint)) == os.path.realpath(path):
+                raise ValueError(f"{path} is where the JSON of {checkpoint} is looked for: {instead}")
+        if os.path.lexists(path) and not is_ours(path):
+            raise ValueError(f"{path} is not of evaluate.py's writing, and would be replaced: {instead}")
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether `evaluate.py` wrote what is there, as its content shows. Raises OSError."""
+    if not path.is_file():
+        return False
+    if path.suffix == ".json":
+        with suppress(ValueError, RecursionError):  # no JSON
+            content = json.loads(path.read_bytes())
+            return isinstance(content, dict) and content.keys() >= KEYS
+        return False
+    with path.open("rb") as file:
+        start = file.read(1024)
+    return start.startswith(TITLE.encode()) if path.suffix == ".txt" else DRAWN_BY.encode() in start
 
 
 def write_results(evaluation: Evaluation, folder: Path, with_figure: bool) -> list[Path]:
     """Write metrics.txt, metrics.json and, if asked, report.png, all or none; return the paths.
 
-    Raises OSError when the folder cannot be written to.
+    An earlier report.png stays: it says itself what it shows. Raises OSError when the folder cannot be
+    written to.
     """
     contents = {
         "metrics.txt": metrics_text(evaluation),
         "metrics.json": json.dumps(metrics_json(evaluation), indent=2, allow_nan=False) + "\n",
     }
     writers = {
-        folder / name: lambda file, content=content: file.write(content.encode())
+        # a name may hold bytes that are no UTF-8
+        folder / name: lambda file, content=content: file.write(content.encode(errors="backslashreplace"))
         for name, content in contents.items()
     }
     if with_figure:
-        from models.evaluation.figure import draw_report
-
-        writers[folder / "report.png"] = lambda file: draw_report(
-            file,
-            evaluation.title,
-            evaluation.dataset,
-            [evaluation.ours, *evaluation.compared],
-            evaluation.keras,
-        )
-    earlier = folder / "report.png"
-    is_ours = earlier not in writers and (folder / "metrics.json").is_file()
+        writers[folder / "report.png"] = lambda file: write_report(file, evaluation)
     write_files(writers)
-    if is_ours:  # it belongs to an earlier run, whose figures have just been replaced
-        earlier.unlink(missing_ok=True)
     return list(writers)
+
+
+def write_report(file: BinaryIO, evaluation: Evaluation) -> None:
+    """Write report.png, which says on itself, and in its metadata, which files it shows, and of what day."""
+    from models.evaluation.figure import draw_report
+
+    names = [each.name for each in evaluation.all_predictions]
+    labels = labels_of(evaluation, short=max(map(len, names)) > LONGEST_DRAWN)
+    models = dict(zip(map(drawable, labels), evaluation.all_predictions, strict=True))
+    ours, date = evaluation.checkpoint, evaluation.date
+    captions = [f"{label}: {each.path}" for label, each in models.items() if label != each.name]
+    day = f"{date[:16].replace('T', ' ')} UTC"
+    captions.append(f"{ours.path}, SHA-256 {ours.sha256}, {day}")
+    shown = [f"{each.name}: {each.path}, SHA-256 {sha256_of(each.path)}" for each in models.values()]
+    description, captions = "\n".join(map(drawable, shown)), [*map(drawable, captions)]
+    metadata = {"Software": DRAWN_BY, "Description": description, "Creation Time": date}
+    draw_report(file, evaluation.title, evaluation.dataset, models, evaluation.ours, captions, metadata)
+
+
+def drawable(text: str) -> str:
+    """Return text with a code for each character that no font has: a name may hold any but "/"."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def metrics_text(evaluation: Evaluation) -> str:
     """Return what metrics.txt holds: the tables, every model's confusion matrix, the guards and the notes."""
     lines = [
-        evaluation.summary,
+        evaluation.summary(),
         *(confusion_text(predictions) + "\n" for predictions in evaluation.all_predictions),
         *(
             f"{guard['guard']} {guard['bound']:g}: {'met' if guard['met'] else 'not met'} by "
@@ -147,9 +189,11 @@ def metrics_json(evaluation: Evaluation) -> dict:
             "format": keras.format,
             "input": asdict(keras.scaling),
             **keras.metrics,
+            "file_bytes": file_bytes(keras.path),
         },
         "agreement": evaluation.pairs[0] if keras else None,
         "throughput": ours.throughput,
+        **file_facts(ours),
         "compared": [
             {
                 "checkpoint": str(each.path),
@@ -157,6 +201,7 @@ def metrics_json(evaluation: Evaluation) -> dict:
                 "input": asdict(each.scaling),
                 **each.metrics,
                 "throughput": each.throughput,
+                **file_facts(each),
             }
             for each in evaluation.compared
         ],
@@ -164,7 +209,17 @@ def metrics_json(evaluation: Evaluation) -> dict:
         "guards": evaluation.guards,
         "notes": evaluation.notes,
         "environment": environment(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": evaluation.date,
+    }
+
+
+def file_facts(predictions: Predictions) -> dict:
+    """Return what metrics.json says of a checkpoint's file, beside its metrics; null where not known."""
+    return {
+        "format": predictions.format,
+        "file_bytes": file_bytes(predictions.path),
+        "sparsity": predictions.sparsity,
+        "network": predictions.network,
     }
 
 
@@ -181,71 +236,157 @@ def environment() -> dict:
     }
 
 
-def models_table(all_predictions: list[Predictions]) -> Table:
-    """Return the table with one column a model, at most 80 columns wide for COLUMNS models."""
+def labels_of(evaluation: Evaluation, short: bool) -> list[str]:
+    """Return what the tables call the models: their names, or in `short` Keras, A, B, ..., Z, AA, AB, ..."""
+    if not short:
+        return [each.name for each in evaluation.all_predictions]
+
+    def letter(index: int) -> str:
+        return (letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+    checkpoints = [letter(index) for index in range(1 + len(evaluation.compared))]
+    return [*(["Keras"] if evaluation.keras else []), *checkpoints]
+
+
+def files_text(evaluation: Evaluation, labels: list[str]) -> str:
+    """Return each model's file, a line each: what it is, how it was computed; and the networks' size.
+
+    What is usual is not said: float32 on the CPU. A size that is everybody's has a line of its own.
+    """
+    checkpoints = [evaluation.ours, *evaluation.compared]
+    sizes = [network_text(each) for each in checkpoints]
+    common = sizes[0] if len(set(sizes)) == 1 else ""
+    lines = []
+    for each, label in zip(evaluation.all_predictions, labels, strict=True):
+        ran = each.throughput or {}
+        details = [str(each.path), each.format]
+        if (ran.get("dtype", "float32"), ran.get("device", "cpu")) != ("float32", "cpu"):
+            details.append(f"{ran['dtype']} on {ran['device']}")
+        if not common:
+            details.append(network_text(each))
+        lines.append(f"{label}: {', '.join(filter(None, details))}")
+    return "\n".join([*lines, *([f"\n{common}"] if common else [])])
+
+
+def network_text(predictions: Predictions) -> str:
+    """Return how large a network is: "" where it is not known."""
+    size = predictions.network
+    if not size:
+        return ""
+    products = size["multiply_accumulates"]
+    return f"{size['parameters']:,} parameters, {products:,} multiply-accumulates an image"
+
+
+def fitting_tables(evaluation: Evaluation, width: int) -> tuple[list[str], list[str]]:
+    """Return what the tables call the models, and the tables, which fit the width.
+
+    A model has one line in a table. Where there is no room for all columns, the further ones are in a table
+    below; where the names are still too long, letters take their place.
+    """
+    common, further = columns(evaluation), further_columns(evaluation)
+    classes = class_columns(evaluation) if evaluation.per_class or not evaluation.compared else {}
+    for short, is_one in itertools.product((False, True), (True, False)):
+        labels = labels_of(evaluation, short)
+        parts = [{**common, **further}, {}] if is_one else [common, further]
+        tables = [as_text("model", labels, part, width) for part in parts if part]
+        in_classes = [as_text("accuracy, %", labels, classes, width)] if classes else []
+        if max(len(line) for table in (*tables, *in_classes) for line in table.splitlines()) <= width:
+            break
+    if len(labels) > 1:
+        meaning = (
+            "Same class, p (McNemar's test), points gained, and by how much a probability differs on average "
+            f"and at most: all against {labels[0]}. At p = {SIGNIFICANCE:g} and above it may be chance."
+        )
+        tables.append(textwrap.fill(meaning, width, break_long_words=False, break_on_hyphens=False))
+    return labels, tables + in_classes
+
+
+# Columns: the heading, in two lines, and a cell for each model
+
+
+def columns(evaluation: Evaluation) -> dict[str, list[str]]:
+    """Return what every comparison shows."""
+    everyone = evaluation.all_predictions
+    metrics = [each.metrics for each in everyone]
+    intervals = [[100 * bound for bound in m["confidence_interval_95"]] for m in metrics]
+    found = {
+        "accuracy": [percent(m["accuracy"]) for m in metrics],
+        "95 %\ninterval": [f"{low:.2f}-{high:.2f}" for low, high in intervals],
+        "correct": [f"{m['correct']:,}" for m in metrics],
+        "loss": [f"{m['loss']:.{4 if m['loss'] < 10 else 3}f}" for m in metrics],
+    }
+    if len(everyone) > 1:
+        pairs = evaluation.pairs[: len(everyone) - 1]
+        found["same\nclass"] = ["", *(f"{pair['same_prediction']:,}" for pair in pairs)]
+        found["McNemar\np"] = ["", *(p_text(pair["mcnemar_p"]) for pair in pairs)]
+    found["file\nsize"] = [size_text(file_bytes(each.path)) for each in everyone]
+    found["seconds"] = [f"{each.throughput['seconds']:.2f}" if each.throughput else "" for each in everyone]
+    return found
+
+
+def further_columns(evaluation: Evaluation) -> dict[str, list[str]]:
+    """Return how sparse the networks are, if one is, and how far the others are from the first."""
+    everyone, found = evaluation.all_predictions, {}
+    if any(each.sparsity and percent(each.sparsity, 1) != percent(0, 1) for each in everyone):
+        found["sparsity"] = ["" if each.sparsity is None else percent(each.sparsity, 1) for each in everyone]
+    if pairs := evaluation.pairs[: len(everyone) - 1]:
+        mean, most = "mean_abs_probability_difference", "max_abs_probability_difference"
+        found["points\ngained"] = ["", *(f"{100 * pair['accuracy_difference']:+.2f}" for pair in pairs)]
+        found["probability\ndiffers by"] = ["", *(difference_text(pair[mean]) for pair in pairs)]
+        found["at most\nby"] = ["", *(difference_text(pair[most]) for pair in pairs)]
+    return found
+
+
+def class_columns(evaluation: Evaluation) -> dict[str, list[str]]:
+    """Return each class's accuracy, in %."""
+    accuracies = [each.metrics["per_class_accuracy"] for each in evaluation.all_predictions]
+    return {
+        name: ["-" if of[name] is None else f"{100 * of[name]:.2f}" for of in accuracies]
+        for name in CLASS_NAMES
+    }
+
+
+def percent(fraction: float, digits: int = 2) -> str:
+    """Return a fraction for people: "88.53 %"."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def file_bytes(path: Path | None) -> int | None:
+    """Return a file's size; None where there is none."""
+    return path.stat().st_size if path and path.is_file() else None
+
+
+def size_text(size: int | None) -> str:
+    """Return a file's size for people, in at most 6 characters: "312 kB"."""
+    if size is None:
+        return ""
+    power = sum(size >= 999.5 * 1000**power for power in range(3))
+    number = size / 1000**power
+    return f"{number:.{1 if power and number < 9.95 else 0}f} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def as_text(corner: str, labels: list[str], columns: dict[str, list[str]], width: int) -> str:
+    """Return a table as plain text: a line a model that has cells, as wide as it needs to be.
+
+    Between its columns are two spaces, or one where it is wider than `width` otherwise.
+    """
+    from rich.console import Console
     from rich.table import Table
 
-    def percent(fraction: float) -> str:
-        return f"{100 * fraction:.2f} %"
-
-    metrics = [each.metrics for each in all_predictions]
-    table = Table("", box=None, padding=(0, 2, 0, 0), show_edge=False)
-    for each in all_predictions:
-        width = 58 // len(all_predictions) - 2
-        table.add_column(each.name, justify="right", overflow="fold", max_width=width)
-    table.add_row("accuracy", *(percent(m["accuracy"]) for m in metrics), style="bold")
-    intervals = [[100 * bound for bound in m["confidence_interval_95"]] for m in metrics]
-    table.add_row("95 % interval", *(f"{low:.2f}-{high:.2f}" for low, high in intervals))
-    table.add_row("correct", *(f"{m['correct']:,}" for m in metrics))
-    table.add_row("loss (cross-entropy)", *(f"{m['loss']:.4f}" for m in metrics), end_section=True)
-    for name in CLASS_NAMES:
-        table.add_row(f"  {name}", *(percent(m["per_class_accuracy"][name]) for m in metrics))
-    speeds = [each.throughput or {} for each in all_predictions]
-    table.add_row("seconds", *(f"{s['seconds']:.2f}" if s else "" for s in speeds))
-    table.add_row("images per second", *(f"{s['images_per_second']:,.0f}" if s else "" for s in speeds))
-    folded = [("yes" if s["batch_norm_folded"] else "no") if s else "" for s in speeds]
-    table.add_row("BatchNorm folded", *folded)
-    return table
-
-
-def pairs_text(pairs: list[dict]) -> str:
-    """Return the table with one row for each two models, 80 columns wide; longer names have a line alone."""
-    labels = [
-        textwrap.wrap(
-            " vs ".join(reversed(pair["models"])), LABEL, break_long_words=False, break_on_hyphens=False
-        )
-        for pair in pairs
-    ]
-    fitting = [len(line) for label in labels for line in label if len(line) <= LABEL]
-    width = max(fitting, default=0)
-    lines = [
-        f"{'':{width}}  images with  accuracy,  probability,  McNemar's",
-        f"{'':{width}}   same class     points       at most  test",
-    ]
-    for pair, label in zip(pairs, labels, strict=True):
-        p = pair["mcnemar_p"]
-        test = f"p = {p:.2f}: chance" if p >= SIGNIFICANCE else f"p = {p:.1e}" if p > 1e-99 else "p < 1e-99"
-        figures = (
-            f"  {pair['same_prediction']:11,}  {100 * pair['accuracy_difference']:+9.2f}"
-            f"  {pair['max_abs_probability_difference']:12.1e}  {test}"
-        )
-        *above, last = label if len(label[-1]) <= LABEL else [*label, ""]
-        lines += [*above, f"{last:{width}}{figures}"]
-    return "\n".join(lines)
-
-
-def as_text(tables: list[Table]) -> str:
-    """Return tables as plain text, 80 columns wide, an empty line between them."""
-    from rich.console import Console
-
-    texts = []
-    for table in tables:
-        console = Console(
-            file=io.StringIO(), width=80, color_system=None, markup=False, emoji=False, highlight=False
-        )
-        console.print(table)
-        texts.append("\n".join(line.rstrip() for line in console.file.getvalue().splitlines()))
-    return "\n\n".join(texts)
+    # names come from files: `[/x]` in one is no style of rich's, and `:x:` no picture
+    plain = {"color_system": None, "markup": False, "emoji": False, "highlight": False}
+    console = Console(file=io.StringIO(), width=10_000, **plain)
+    table = Table(box=None, show_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(corner, vertical="bottom")
+    for heading in columns:
+        table.add_column(heading, justify="right", vertical="bottom")
+    for label, *cells in zip(labels, *columns.values(), strict=True):
+        if any(cells):
+            table.add_row(label, *cells)
+    if console.measure(table).maximum - 2 > width:
+        table.padding = (0, 1, 0, 0)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def confusion_text(predictions: Predictions) -> str:

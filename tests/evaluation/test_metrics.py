@@ -1,22 +1,26 @@
 """The figures, against independent ones."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.cifar10 import CLASS_NAMES
+from models import resnet8
+from models.evaluation.inference import network_size
 from models.evaluation.metrics import (
     Predictions,
     compare,
     mcnemar_p,
     near_chance_notes,
+    p_text,
     short_names,
     wilson_interval,
 )
-from models.evaluation.results import pairs_text
 from models.scaling import Scaling
 from tests.evaluating import evaluated, random_model, save, scaling
 
@@ -93,6 +97,8 @@ def test_compare_counts_image_by_image():
     assert pair["mcnemar_p"] == 1.0  # one against two
     peak, rest = np.exp(5) / (np.exp(5) + 9), 1 / (np.exp(5) + 9)
     assert pair["max_abs_probability_difference"] == pytest.approx(peak - rest)
+    # three of the four images differ, each in two of its ten probabilities
+    assert pair["mean_abs_probability_difference"] == pytest.approx((peak - rest) * 3 * 2 / (4 * 10))
 
 
 def test_short_names():
@@ -125,6 +131,60 @@ def test_near_chance_blames_the_inputs_only_where_they_may_be_wrong():
     assert blamed(other_inputs, [], predictions("Keras", 87), is_overridden=True) == ["other inputs"]
 
 
-def test_a_p_value_too_small_for_a_float_is_a_bound():
-    text = pairs_text([compare(predictions("a", 0, images=5000), predictions("b", 5000, images=5000))])
-    assert "p < 1e-99" in text and "0.0e" not in text
+def test_an_agreement_is_a_dict_that_prints_as_a_sentence():
+    pair = compare(predictions("a", 87), predictions("b", 85))
+    assert json.loads(json.dumps(pair)) == pair and pair["images"] == 100
+    assert str(pair) == (
+        "b vs a: same class on 98 of 100 images, accuracy -2.00 points (McNemar's p 0.50), "
+        "a probability differs by 0.004 on average, 0.936 at most"
+    )
+
+
+def test_predictions_are_short_to_print():
+    assert repr(predictions("a.pt", 87)) == "Predictions('a.pt', accuracy 0.8700, 100 images)"
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (1.0, "1.00"),
+        (0.5, "0.50"),
+        (0.0496, "0.050"),
+        (0.0012, "0.001"),
+        (0.00099, "1e-03"),
+        (2e-49, "2e-49"),
+        (0, "<1e-99"),
+    ],
+)
+def test_a_p_value_is_short(p, text):
+    assert p_text(p) == text
+
+
+def test_a_class_without_images_has_no_accuracy():
+    full = predictions("a", 50)
+    chosen = np.flatnonzero(full.labels != 3)
+    subset = Predictions("a", None, full.log_probabilities[chosen], full.labels[chosen], full.scaling)
+    accuracies = subset.metrics["per_class_accuracy"]
+    assert accuracies.pop("cat") is None
+    assert set(accuracies.values()) == {0.5}
+    assert subset.metrics["accuracy"] == 0.5
+    assert compare(subset, subset)["same_prediction"] == 90
+
+
+def test_a_networks_size_is_what_its_docstring_and_pytorch_count():
+    trainable, statistics, products = (
+        int(word.replace(",", ""))
+        for word in resnet8.__doc__.partition("    total")[2].splitlines()[0].replace("+", "").split()
+    )
+    size = network_size(random_model(), (3, 32, 32))
+    assert size == {
+        "parameters": trainable + statistics,
+        "trainable": trainable,
+        "multiply_accumulates": products,
+    }
+    wide = random_model(width=5, in_channels=1, num_classes=7).double()
+    with FlopCounterMode(display=False) as counter:
+        wide(torch.zeros(1, 1, 24, 40, dtype=torch.float64))
+    size = network_size(wide, (1, 24, 40))
+    assert size["multiply_accumulates"] == counter.get_total_flops() / 2
+    assert size["parameters"] - size["trainable"] == 2 * (3 * 5 + 2 * 10 + 2 * 20)
