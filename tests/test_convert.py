@@ -20,8 +20,8 @@ import torch
 
 import convert
 from data.cifar10 import DataError
-from models.common.errors import OutputExistsError
 from models.common import terminal
+from models.common.errors import OutputExistsError
 from models.conversion import proof
 from models.conversion.proof import count_parameters
 from models.files import metadata

@@ -142,7 +142,11 @@ def pipe(tmp_path):
 
 def test_reads_regular_files_alone(old, pipe):
     (one, _), _ = old
-    assert (read_regular(one), read_regular(one, 3), read_regular(one, 99)) == (b"old one", b"old", b"old one")
+    assert (read_regular(one), read_regular(one, 3), read_regular(one, 99)) == (
+        b"old one",
+        b"old",
+        b"old one",
+    )
     for read in (read_regular, sha256_of):
         for path in (pipe, Path("/dev/zero")):
             with pytest.raises(OSError, match="Not a file, but a pipe or a device") as caught:
@@ -154,7 +158,7 @@ def test_reads_regular_files_alone(old, pipe):
 
 
 def test_replaces_regular_files_alone(old, pipe):
-    (one, two), untouched = old
+    (one, _), untouched = old
     (link := one.with_name("link")).symlink_to("/dev/null")
     for path in (pipe, Path("/dev/null"), link):
         with pytest.raises(OSError, match="Not a file, but a pipe or a device") as caught:
@@ -340,7 +344,8 @@ def test_two_writers_leave_the_files_of_one(old):
     others = []
 
     def waits(pid):
-        return any(f" {pid} " in line for line in Path("/proc/locks").read_text().splitlines() if "->" in line)
+        locks = Path("/proc/locks").read_text().splitlines()
+        return any(f" {pid} " in lock for lock in locks if "->" in lock)
 
     def act(number, kind):
         if kind == "replace" and kinds.count(kind) == 2:
