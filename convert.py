@@ -98,7 +98,7 @@ def convert(
     path, output, is_back = job
     fed, verify, verbose = (options.mean, options.std), not options.no_verify, options.verbose
     try:
-        check_outputs(output, options.force)
+        check_outputs(output, options.force, path)
         if is_back:
             metadata = convert_back(path, output, reader, keras, *fed, options.rescaling, verify, verbose)
         else:

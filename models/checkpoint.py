@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data.files import sha256_of
-from models.files.metadata import read_metadata, write_with_json
+from models.files.metadata import check_owner, read_metadata, write_with_json
 from models.files.state_dict import read_network
 from models.resnet8 import ResNet8
 from models.scaling import Scaling
@@ -119,11 +119,15 @@ def _saved(model: nn.Module) -> bytes:
 def save_checkpoint(model: nn.Module, path: str | Path, like: str | Path) -> None:
     """Save a network that was made from the checkpoint `like` (fine-tuned, pruned), with a JSON of its own.
 
-    The JSON says what `like`'s says and still holds: BatchNorm's constants, the input, and the Keras file to
-    compare with. It has no SHA-256 and no verification, since `convert.py` did not write it. Raises OSError.
+    The JSON says what `like`'s says and still holds: the input, and the Keras file to compare with; sizes and
+    BatchNorm's constants are the network's own. It has no SHA-256 and no verification, since `convert.py` did
+    not write it. Raises OSError, ValueError when `like`'s JSON is not as `convert.py` writes it, and
+    OutputExistsError where the JSON of `path` is that of another file, as of `x.pt` for `x.pth`.
     """
     path, like = Path(path), Path(like)
+    check_owner(path)
     kept = {key: value for key, value in read_metadata(like).items() if key not in ("sha256", "verification")}
+    kept["architecture"] = architecture_of(getattr(model, "module", model))  # DataParallel, AveragedModel
     if "file" in kept.get("source", {}):  # which is relative to the JSON
         source = os.path.relpath(like.parent / kept["source"]["file"], path.parent)
         kept["source"] = {**kept["source"], "file": source}

@@ -21,6 +21,7 @@ import torch
 import convert
 from data.cifar10 import DataError
 from models.common import terminal
+from models.common.errors import OutputExistsError
 from models.conversion import proof
 from models.conversion.proof import count_parameters
 from models.files import metadata
@@ -305,6 +306,64 @@ def test_replaces_what_it_wrote_without_a_word(model_file, reference_files, tmp_
         assert ResNet8.from_checkpoint(output).fc.out_features == classes
     output.unlink()  # its JSON alone is its own too
     assert command(model_file, "--no-verify", "-o", output)[0] == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [("x.pt", "x.pth"), ("m.v1", "m.v2"), ("x.h5.pt", "x.h5")])
+def test_json_of_another_file_is_not_replaced(model_file, tmp_path, command, first, second):
+    """`x.pt` and `x.pth` would share x.json, by which the one would be fed as the other."""
+    status, _, _ = command(model_file, "--no-verify", "-o", tmp_path / first, "--std", "255")
+    assert status == 0
+    if second == "x.h5":  # the other way, whose JSON is x.h5.json
+        with pytest.raises(OutputExistsError, match=r"x\.h5\.json is that of .*x\.h5\.pt: .*-o"):
+            metadata.check_outputs(tmp_path / second, False, model_file)
+        return
+    for exists in (False, True):
+        if exists:
+            shutil.copy(model_file, tmp_path / second)
+        before = files_in(tmp_path)
+        status, out, errors = command(model_file, "--no-verify", "-o", tmp_path / second)
+        assert (status, out, len(errors)) == (1, "", 1)
+        json_path = tmp_path / first.replace(".pt", ".json").replace(".v1", ".json")
+        assert errors[0].endswith(f"{json_path} is that of {tmp_path / first}: name another output with -o")
+        assert files_in(tmp_path) == before
+    assert command(model_file, "--no-verify", "-o", tmp_path / first, "--std", "255")[0] == 0
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_original_is_not_replaced(model_file, tmp_path, command, force):
+    """A checkpoint, sent back, would become the file that it was made of."""
+    (tmp_path / "there").mkdir()
+    for output in (tmp_path / "some.model.pt", tmp_path / "there" / "net.pt"):
+        assert command(model_file, "--no-verify", "-o", output)[0] == 0
+        before = files_in(tmp_path)
+        arguments = ["-o", model_file] if output.name == "net.pt" else []
+        status, out, errors = command(output, *arguments, *force, "--keras-python", sys.executable)
+        assert (status, out, len(errors)) == (1, "", 1)
+        assert f"{model_file} is what {output} was converted from, and is not replaced" in errors[0]
+        assert "-o" in errors[0] and "--force" not in errors[0]
+        assert files_in(tmp_path) == before
+
+
+def test_no_pipe_is_opened(model_file, tmp_path, command):
+    """As input, as its JSON, and in the place of an output or its JSON, `--force` or not."""
+    os.mkfifo(tmp_path / "pipe.h5")
+    os.mkfifo(tmp_path / "pipe.pt")
+    os.mkfifo(tmp_path / "jsonless.json")
+    torch.save(ResNet8().state_dict(), tmp_path / "jsonless.pt")
+    before = sorted(tmp_path.iterdir())
+    for arguments in (
+        ["pipe.h5", "-o", tmp_path / "out.pt"],
+        ["pipe.pt", "-o", tmp_path / "out.h5"],
+        ["jsonless.pt", "-o", tmp_path / "out.h5"],
+        [model_file, "--force", "-o", tmp_path / "pipe.pt"],
+        [model_file, "--force", "-o", tmp_path / "jsonless.pt"],
+        [model_file, "--force", "-o", "/dev/null"],
+    ):
+        status, out, errors = command(tmp_path / arguments[0], *arguments[1:], "--no-verify")
+        assert (status, out, len(errors)) == (1, "", 1), arguments
+        assert "a pipe or a device" in errors[0], arguments
+    assert sorted(tmp_path.iterdir()) == before
+    assert Path("/dev/null").is_char_device()
 
 
 def test_back_replaces_nothing_that_it_did_not_write(model_file, tmp_path, command):

@@ -6,11 +6,12 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from data.files import check_writable, write_atomically, write_files
+from data.files import check_writable, read_regular, sha256_of, write_atomically, write_files
 from tests.faults import at_every_step, check_whole, files_in, full_from, write_two
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,74 @@ def test_folder_without_permission(locked):
     with pytest.raises(PermissionError):
         write_atomically(locked / "odd.h5", lambda target: target.write(b"content"))
     assert (locked / "odd.h5").read_bytes() == content
+
+
+# What is no regular file, and symbolic links
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def test_reads_regular_files_alone(old, pipe):
+    (one, _), _ = old
+    assert (read_regular(one), read_regular(one, 3), read_regular(one, 99)) == (
+        b"old one",
+        b"old",
+        b"old one",
+    )
+    for read in (read_regular, sha256_of):
+        for path in (pipe, Path("/dev/zero")):
+            with pytest.raises(OSError, match="Not a file, but a pipe or a device") as caught:
+                read(path)
+            assert caught.value.filename == str(path)
+        with pytest.raises(IsADirectoryError):
+            read(one.parent)
+    assert read_regular(Path("/proc/self/status")) == b""  # its size; reading /proc/kmsg would wait
+
+
+def test_replaces_regular_files_alone(old, pipe):
+    (one, _), untouched = old
+    (link := one.with_name("link")).symlink_to("/dev/null")
+    for path in (pipe, Path("/dev/null"), link):
+        with pytest.raises(OSError, match="Not a file, but a pipe or a device") as caught:
+            write_files({one: lambda target: target.write(b"1"), path: lambda target: target.write(b"2")})
+        assert caught.value.filename == str(path)
+    assert pipe.is_fifo() and Path("/dev/null").is_char_device()
+    pipe.unlink()
+    link.unlink()
+    assert untouched()
+
+
+def test_link_stays_and_its_target_is_written(old):
+    (one, two), _ = old
+    folder = one.parent / "elsewhere"
+    folder.mkdir()
+    links = {one.parent / "to one": one, one.parent / "to new": folder / "new"}
+    for link, target in links.items():
+        link.symlink_to(target)
+    write_files({link: lambda target: target.write(b"new") for link in links})
+    assert all(link.is_symlink() and target.read_bytes() == b"new" for link, target in links.items())
+    assert sorted(one.parent.iterdir()) == sorted([*links, one, two, folder])
+    assert list(folder.iterdir()) == [folder / "new"]
+
+
+def test_links_in_a_circle(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="Too many levels of symbolic links") as caught:
+        write_atomically(tmp_path / "a", lambda target: target.write(b"content"))
+    assert caught.value.filename == str(tmp_path / "a") and (tmp_path / "a").is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_file_keeps_its_mode(old, mode):
+    (one, _), _ = old
+    one.chmod(mode)
+    write_atomically(one, lambda target: target.write(b"1"))
+    assert one.stat().st_mode & 0o777 == mode and one.read_bytes() == b"1"
 
 
 # Before the work
@@ -259,3 +328,33 @@ def test_file_size_limit_leaves_each_file_whole(old, limit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert untouched() if limit < 24 else files_in(one.parent) == NEW
+
+
+# Two at once
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="sees who waits for a lock in /proc")
+def test_two_writers_leave_the_files_of_one(old):
+    """The second starts while the first is between its two renames."""
+    (one, two), _ = old
+    code = (
+        "import sys; from pathlib import Path; from data.files import write_files\n"
+        "write_files({Path(name): lambda target: target.write(b'of the second') for name in sys.argv[1:]})"
+    )
+    others = []
+
+    def waits(pid):
+        locks = Path("/proc/locks").read_text().splitlines()
+        return any(f" {pid} " in lock for lock in locks if "->" in lock)
+
+    def act(number, kind):
+        if kind == "replace" and kinds.count(kind) == 2:
+            others.append(subprocess.Popen([sys.executable, "-c", code, one, two], cwd=ROOT))
+            while others[0].poll() is None and not waits(others[0].pid):
+                time.sleep(0.01)
+
+    with at_every_step(one.parent, act) as kinds:
+        write_two(one.parent)
+    assert others[0].wait() == 0
+    assert {one.read_bytes(), two.read_bytes()} == {b"of the second"}
+    assert sorted(one.parent.iterdir()) == [one, two]  # no lock file

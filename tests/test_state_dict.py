@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
-from models.checkpoint import read_checkpoint, save_checkpoint
+from models.checkpoint import read_checkpoint, save_checkpoint, write_checkpoint
+from models.common.errors import OutputExistsError
 from models.resnet8 import ResNet8
 from models.scaling import Scaling
 from tests.evaluating import evaluated, random_model, save, scaling
@@ -210,3 +211,27 @@ def test_a_fine_tuned_network_is_saved_with_what_is_known_of_it(tmp_path):
     assert tuned.origin == "0" * 64
     assert not tuned.is_as_converted
     assert not {"sha256", "verification"} & tuned.metadata.keys()
+
+
+def test_a_network_is_saved_with_its_own_sizes_and_constants(tmp_path):
+    """`like` has others; and one in a DataParallel is the one that is in it."""
+    save(random_model(), tmp_path / "model.pt", architecture={"num_classes": 10, "bn_eps": 1e-3})
+    other = random_model(num_classes=100, width=4, bn_eps=1e-5, bn_momentum=0.1)
+    for name, model in (("plain.pt", other), ("parallel.pt", nn.DataParallel(other))):
+        save_checkpoint(model, tmp_path / name, like=tmp_path / "model.pt")
+        saved = read_checkpoint(tmp_path / name)
+        assert (saved.model.bn1.eps, saved.model.layer3.bn2.momentum) == (1e-5, 0.1)
+        constants = {"bn_eps": 1e-5, "bn_momentum": 0.1}
+        sizes = {"num_classes": 100, "width": 4, "in_channels": 3}
+        assert saved.metadata["architecture"] == {**sizes, **constants}
+
+
+def test_a_saved_network_takes_no_json_of_another(tmp_path):
+    model = random_model()
+    write_checkpoint(tmp_path / "model.pt", model, {"input": scaling(120.0, 64.0)})
+    before = (tmp_path / "model.json").read_bytes()
+    with pytest.raises(OutputExistsError, match=r"model\.json is that of .*model\.pt"):
+        save_checkpoint(model, tmp_path / "model.pth", like=tmp_path / "model.pt")
+    assert (tmp_path / "model.json").read_bytes() == before and not (tmp_path / "model.pth").exists()
+    save_checkpoint(model, tmp_path / "model.pt", like=tmp_path / "model.pt")  # its own
+    assert "sha256" not in read_checkpoint(tmp_path / "model.pt").metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES, Dataset
-from data.files import sha256_of, write_atomically
+from data.files import read_regular, sha256_of, write_atomically
 from models.common.errors import KerasFileError
 from models.common.terminal import Notes
 from models.evaluation.metrics import Predictions
@@ -145,10 +146,12 @@ def read_answers(path: Path, key: str, shape: tuple[int, int], notes: Notes) -> 
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:  # np.load does not always compare the checksums
+        kept = io.BytesIO(read_regular(path))
+        with zipfile.ZipFile(kept) as archive:  # np.load does not always compare the checksums
             if archive.testzip():
                 raise ValueError
-        with np.load(path, allow_pickle=False) as content:
+        kept.seek(0)
+        with np.load(kept, allow_pickle=False) as content:
             if str(content["key"]) != key:
                 notes.add(f"{path} is of another Keras file, other images or another scaling: made again")
                 return None

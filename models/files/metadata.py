@@ -10,7 +10,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from data.files import check_writable, sha256_of, write_files
+from data.files import check_writable, read_regular, sha256_of, write_files
 from models.common.errors import OutputExistsError
 from models.scaling import LARGEST
 
@@ -22,8 +22,8 @@ HDF5 = b"\x89HDF\r\n\x1a\n"  # how its files begin
 def is_checkpoint(path: Path) -> bool:
     """Return whether a file is PyTorch's, as its content tells, or its name where the content does not."""
     start = b""
-    with suppress(OSError), path.open("rb") as file:
-        start = file.read(len(HDF5))
+    with suppress(OSError):
+        start = read_regular(path, len(HDF5))
     if start == HDF5:
         return False
     if start.startswith(b"PK"):
@@ -42,25 +42,58 @@ def json_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.json") if is_keras else output.with_suffix(".json")
 
 
-def check_outputs(output: Path, force: bool) -> None:
+def check_outputs(output: Path, force: bool, source: Path) -> None:
     """Raise OutputExistsError unless nothing is there, or what `convert.py` wrote and nobody has changed.
 
-    The JSON has the SHA-256 of what was written with it; `force` replaces whatever is there. Raises OSError
-    when the files cannot be written.
+    The JSON has the SHA-256 of what was written with it. `force` replaces whatever is there, but for what
+    `source`, by the JSON beside it, was converted from. Raises OSError when the files cannot be written.
     """
     json_path = json_of(output)
     check_writable([output, json_path])
+    if _was_made_from(source, output):
+        raise OutputExistsError(
+            f"{output} is what {source} was converted from, and is not replaced: name another output with -o"
+        )
     if force:
         return
     written = None
     if json_path.exists():
         with suppress(ValueError, TypeError, KeyError, RecursionError):  # it is not ours
-            metadata = json.loads(json_path.read_text())
+            metadata = json.loads(read_regular(json_path))
             written = metadata["architecture"] and metadata["source"] and metadata["sha256"]
         if not written:
             raise OutputExistsError(f"{json_path} is not of convert.py's writing; --force replaces it")
-    if output.exists() and sha256_of(output) != written:
-        raise OutputExistsError(f"{output} is not as convert.py wrote it (fine-tuned?); --force replaces it")
+    if not output.exists() or sha256_of(output) != written:
+        check_owner(output)
+        if output.exists():
+            raise OutputExistsError(
+                f"{output} is not as convert.py wrote it (fine-tuned?); --force replaces it"
+            )
+
+
+def check_owner(output: Path) -> None:
+    """Raise OutputExistsError where the JSON of `output` is that of another file beside it, by its SHA-256.
+
+    `x.pt` and `x.pth` would share one. Raises OSError when a file cannot be read.
+    """
+    json_path = json_of(output)
+    written = None
+    with suppress(ValueError):
+        written = read_metadata(output).get("sha256")
+    if written is None:
+        return
+    for other in sorted(output.parent.iterdir()):
+        shares_it = other != output and other.is_file() and json_of(other) == json_path != other
+        if shares_it and sha256_of(other) == written:
+            raise OutputExistsError(f"{json_path} is that of {other}: name another output with -o")
+
+
+def _was_made_from(path: Path, other: Path) -> bool:
+    """Whether the JSON beside a file names another file as what it was converted from."""
+    with suppress(ValueError, OSError):  # there is no such JSON, or no such file
+        source = read_metadata(path).get("source", {})
+        return "file" in source and (json_of(path).parent / source["file"]).samefile(other)
+    return False
 
 
 def write_with_json(path: Path, content: bytes, metadata: dict) -> None:
@@ -124,13 +157,15 @@ def written_metadata(path: Path, sha256: str) -> dict:
 def read_metadata(described: Path) -> dict:
     """Return the content of the JSON file that `convert.py` writes beside a file; {} if there is none.
 
-    Raises ValueError with one line when it is not JSON as `convert.py` writes it.
+    Raises ValueError with one line when it cannot be read, or is not JSON as `convert.py` writes it.
     """
     path = json_of(described)
     if not path.exists():
         return {}
     try:
-        metadata = json.loads(path.read_text())
+        metadata = json.loads(read_regular(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(metadata, dict):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.files import read_regular
 from models.files.metadata import HDF5, read_metadata
 from models.scaling import Scaling
 
@@ -151,8 +152,7 @@ def check_archive(path: Path) -> None:
     `torch.save` stores records as they are. A compressed one can unpack to any size, so it is refused by the
     archive's own table, before anything is unpacked.
     """
-    with path.open("rb") as file:
-        start = file.read(len(HDF5))
+    start = read_regular(path, len(HDF5))
     if not start:
         raise ValueError(f"{path}: is empty, so damaged")
     if start == HDF5:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import read_regular
 from models.common.errors import KerasFileError
 from models.keras.worker import Worker, WorkerError
 
@@ -127,8 +128,7 @@ def read_keras_file(path: Path, reader: Worker) -> KerasFile:
     is not what it should be.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+        content = read_regular(path, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise KerasFileError(f"cannot be read: {error.strerror}") from None
     if len(content) > MAX_FILE_BYTES:

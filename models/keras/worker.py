@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -26,8 +27,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 
 
+START_SECONDS = 600  # for the imports of a slow machine
+END_SECONDS = 2  # to put away what is in a temporary folder
+
+
 class WorkerError(Exception):
-    """The worker refused (`status` is None), or ended with a `status` and wrote `log` to stderr."""
+    """The worker refused or did not start (`status` is None), or ended with a `status`; `log` is its stderr."""
 
     def __init__(self, message: str, status: int | None = None, log: str = "") -> None:
         super().__init__(message)
@@ -46,12 +51,13 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        self.is_ready = False
         program = shutil.which(self.python)
         if program is None:
             raise WorkerError(f"cannot run {self.python}: there is no such program")
         search = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
         try:
+            self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
             self.process = subprocess.Popen(
                 [os.path.abspath(program), "-m", self.module],
                 cwd=ROOT,
@@ -69,27 +75,45 @@ class Worker:
     def ask(self, request: dict, arrays: dict[str, np.ndarray] | None = None, timeout: float = 600) -> tuple:
         """Return the worker's answer to `request`: (dict, arrays by name).
 
-        Raises WorkerError when it refuses (with its own message), dies, or takes over `timeout` seconds.
+        Raises WorkerError when it refuses (with its own message), dies, or takes over `timeout` seconds. They
+        count from when it is ready: imports take long on a slow machine.
         """
         if self.process.poll() is not None:
             self.close()
             self._start()
-        timer = threading.Timer(timeout, self.process.kill)
-        timer.start()
-        try:
+        if not self.is_ready:
+            try:
+                self._within(START_SECONDS, lambda: _receive(self.process.stdout))
+            except WorkerError as error:  # it is no answer to this request
+                reason = error.log.strip().splitlines()[-1:]
+                raise WorkerError(": ".join([f"{error} as it started", *reason]), log=error.log) from None
+            self.is_ready = True
+
+        def exchange() -> tuple:
             _send(self.process.stdin, request, arrays or {})
-            answer, answered = _receive(self.process.stdout)
-        except (EOFError, OSError):
-            status = self.process.wait()
-            seconds = f" after {timeout:.0f} s" if not timer.is_alive() else ""
-            run_by = "" if self.python == sys.executable else f", run by {self.python},"
-            message = f"{self.module}{run_by} ended with status {status}{seconds}"
-            raise WorkerError(message, status, self.log()) from None
-        finally:
-            timer.cancel()
+            return _receive(self.process.stdout)
+
+        answer, answered = self._within(timeout, exchange)
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer, answered
+
+    def _within(self, seconds: float, act: Callable[[], tuple]) -> tuple:
+        """Do something with the process; raises WorkerError when it dies, or takes over so many seconds."""
+        timer = threading.Timer(seconds, self.process.kill)
+        try:
+            timer.start()
+            return act()
+        except RuntimeError as error:  # there can be no further thread
+            raise WorkerError(f"{self.module}: {error}") from None
+        except (EOFError, OSError):
+            status = self.process.wait()
+            after = f" after {seconds:.0f} s" if not timer.is_alive() else ""
+            run_by = "" if self.python == sys.executable else f", run by {self.python},"
+            message = f"{self.module}{run_by} ended with status {status}{after}"
+            raise WorkerError(message, status, self.log()) from None
+        finally:
+            timer.cancel()
 
     def log(self) -> str:
         """Return what the process has written to its stderr."""
@@ -97,9 +121,15 @@ class Worker:
         return self.stderr.read().decode(errors="replace")
 
     def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
+        """End the process. It has a moment to put away its temporary folder, if it has one."""
+        try:
+            self.process.terminate()
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.process.kill()
+            self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
         self.stderr.close()
@@ -116,20 +146,33 @@ def serve(
 ) -> None:
     """Answer requests from stdin with `answer(request, arrays) -> (dict, arrays)` until stdin ends.
 
-    An exception of a type in `refusals` is an answer too; any other ends the process.
+    An exception of a type in `refusals` is an answer too; any other ends the process. SIGTERM ends it at
+    once, but for the `with` blocks that it is in.
     """
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not mix with the answers
-    while True:
-        try:
+    try:
+        signal.signal(signal.SIGTERM, _end)
+        _send(replies, {}, {})  # all is imported
+        while True:
             request, arrays = _receive(requests)
-        except EOFError:
-            return
-        try:
-            _send(replies, *answer(request, arrays))
-        except refusals as error:
-            _send(replies, {"error": str(error)}, {})
+            try:
+                _send(replies, *answer(request, arrays))
+            except refusals as error:
+                _send(replies, {"error": str(error)}, {})
+    except EOFError:
+        return
+    except _End:
+        os._exit(0)  # Python would take a while to put away TensorFlow
+
+
+class _End(BaseException):  # as KeyboardInterrupt, which no `except Exception` holds up
+    """The owner of the process ends it."""
+
+
+def _end(*_: object) -> None:
+    raise _End
 
 
 def _widen(pipe: BinaryIO) -> None:

@@ -5,12 +5,15 @@ The worker of these tests is this file: `python -m tests.keras.test_worker`.
 
 import os
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from models.keras.worker import Worker, WorkerError, serve
+from models.keras.worker import START_SECONDS, Worker, WorkerError, serve
 
 
 class RefusalError(Exception):
@@ -32,6 +35,9 @@ def answer(request, arrays):
         sys.exit("said on the way out")
     if request["do"] == "hang":
         time.sleep(600)
+    if request["do"] == "hold a folder":
+        with tempfile.TemporaryDirectory(dir=request["in"]):
+            time.sleep(600)
     raise RuntimeError("unforeseen")
 
 
@@ -106,5 +112,66 @@ def test_ends_with_its_owner(worker):
         assert other.process.wait(timeout=60) == 0
 
 
+def test_puts_its_temporary_folder_away(tmp_path):
+    """When the command is interrupted, as when it ends by itself."""
+    with ThreadPoolExecutor(1) as pool:
+        with Worker("tests.keras.test_worker") as other:
+            asked = pool.submit(other.ask, {"do": "hold a folder", "in": str(tmp_path)})
+            while not list(tmp_path.iterdir()):
+                assert not asked.done()
+                time.sleep(0.01)
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(WorkerError, match="ended with status 0"):
+            asked.result()
+
+
+def test_time_counts_from_when_it_is_ready(monkeypatch):
+    """Its imports may take longer than an answer: on a slow machine, that is no fault of the file."""
+    limits = []
+
+    class Timer(threading.Timer):
+        def __init__(self, seconds, act):
+            super().__init__(seconds, act)
+            limits.append(seconds)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    with Worker("tests.keras.test_worker") as other:
+        for _ in range(2):
+            other.ask({"do": "echo"}, timeout=60)
+    assert limits == [START_SECONDS, 60, 60]
+
+
+def test_one_that_does_not_start_says_why(monkeypatch):
+    monkeypatch.setenv("SIZE", "of no number")
+    with Worker("tests.keras.test_worker") as broken:
+        with pytest.raises(
+            WorkerError, match=r"status 1 as it started: ValueError: .*of no number"
+        ) as caught:
+            broken.ask({"do": "echo"})
+        assert caught.value.status is None and "Traceback" in caught.value.log
+
+
+def test_without_a_temporary_folder(monkeypatch):
+    def full():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(WorkerError, match=r"^cannot run .*: No usable temporary directory"):
+        Worker("tests.keras.test_worker")
+
+
+def test_without_a_further_thread(worker, monkeypatch):
+    def none(timer):
+        raise RuntimeError("can't start new thread")
+
+    worker.ask({"do": "echo"})
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Timer, "start", none)
+        with pytest.raises(WorkerError, match="can't start new thread"):
+            worker.ask({"do": "echo"})
+    assert worker.ask({"do": "echo"})[0]["do"] == "echo"
+
+
 if __name__ == "__main__":
+    int(os.environ.get("SIZE", 0))  # as an import that fails
     serve(answer, refusals=(RefusalError,))
