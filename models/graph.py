@@ -75,4 +75,7 @@ GRAPH = {  # by PyTorch's names
     "fc": Place(DENSE, ["avgpool"]),
 }
 
-INPUT_SCALING = {"Rescaling", "Normalization"}
+INPUT_SCALING = {  # the layers that may stand between the input and conv1, one value a channel or one for all
+    "Rescaling": {},
+    "Normalization": {"axis": [-1, 3, [-1], [3], None, []], "invert": [False]},
+}

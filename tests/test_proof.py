@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from models.resnet8 import ResNet8
 from models.scaling import Scaling
 
 INPUT = {"mean": [120.0], "std": [64.0]}  # what the random networks are fed is of the order of 1
+PLAIN = {"mean": [0.0], "std": [1.0]}
 
 
 def change_mapping(class_name, changes):
@@ -245,6 +247,85 @@ def test_verification_takes_real_and_random_images(reference_files, reader, kera
     assert set(asked) == set(expected)
     for key, images in expected.items():
         assert np.array_equal(np.concatenate(asked[key]), images), key
+
+
+# The bound is that of activations of usual size, and grows with them: so does their rounding
+
+
+@pytest.fixture(scope="module")
+def large(reference_files, reader, tmp_path_factory):
+    """Return a file whose first kernel is 1275 times as large, and so is every activation after it."""
+    path = tmp_path_factory.mktemp("large") / "large.h5"
+    path.write_bytes((reference_files / "odd.h5").read_bytes())
+    name = match_graph(read_keras_file(path, reader))["conv1"].name
+    with h5py.File(path, "r+") as file:
+        kernel = file[f"model_weights/{name}/{name}/kernel"]
+        kernel[...] = kernel[()] * 1275
+    return path
+
+
+def test_large_activations_have_a_larger_bound(large, reader, keras, tmp_path, capsys):
+    results = convert_file(large, tmp_path / "model.pt", reader, keras, **PLAIN)["verification"]
+    assert 0 < results["float64"]["activations"] <= 1e-10 and results["float64"]["probabilities"] <= 1e-12
+    reach = results["largest_activation"]
+    assert reach > 1e5
+    assert f"activations reach {reach:,.0f}: differences are those of 2,000\n" in capsys.readouterr().out
+
+
+SMALL_MISTAKES = {
+    "PyTorch's epsilon": MISTAKES["PyTorch's epsilon"],
+    "one epsilon": MISTAKES["one epsilon"],
+    "weights rounded to float16": MISTAKES["weights rounded to float16"],
+    "a weight off by 1e-6 of itself": (
+        changed_source("layer2.conv2.weight", lambda kernel: off_by(kernel, 1e-6)),
+        "layer2.conv2",
+    ),
+    "a weight of the first kernel off by 1e-6 of itself": (
+        changed_source("conv1.weight", lambda kernel: off_by(kernel, 1e-6)),
+        "conv1",
+    ),
+}
+
+
+def off_by(kernel, fraction):
+    """Return the kernel with one of its values changed by a fraction of it."""
+    changed = kernel.astype(np.float64)
+    changed[1, 1, 0, 0] *= 1 + fraction
+    assert (changed.astype(np.float32) != kernel).sum() == 1
+    return changed
+
+
+@pytest.mark.parametrize("mistake", SMALL_MISTAKES)
+def test_small_mistakes_among_large_activations_are_found(
+    large, reader, keras, tmp_path, monkeypatch, mistake
+):
+    make, place = SMALL_MISTAKES[mistake]
+    make(monkeypatch)
+    found = (
+        rf"^the first difference from Keras is in {re.escape(place)} \(.* in float64, at most 1e-10 expected"
+    )
+    with pytest.raises(VerificationError, match=found):
+        convert_file(large, tmp_path / "model.pt", reader, keras, **PLAIN)
+
+
+@pytest.mark.parametrize("usual", [1e-3, 1.0, 1999.0])
+def test_a_difference_of_usual_activations_counts_as_it_is(usual):
+    theirs = np.full((2, 5, 5, 8), usual)
+    ours = theirs.copy()
+    ours[1, 2, 3, 4] += 2**-30
+    assert proof.largest_difference(ours, theirs) == np.max(np.abs(ours - theirs)) > 0
+
+
+def test_one_huge_channel_hides_nothing_in_the_others():
+    theirs = np.ones((2, 5, 5, 8))
+    theirs[..., 0] = 1e12
+    ours = theirs.copy()
+    ours[1, 2, 3, 0] *= 1 + 4e-16  # its own rounding
+    assert 0 < proof.largest_difference(ours, theirs) <= 1e-10
+    ours[1, 2, 3, 4] += 1e-9
+    assert proof.largest_difference(ours, theirs) == pytest.approx(1e-9)
+    assert np.isnan(proof.largest_difference(ours * np.nan, theirs))
+    assert np.isnan(proof.largest_difference(ours, theirs * np.nan))
 
 
 def test_float32_has_its_bound(reference_files, reader, keras, old_outputs, monkeypatch):

@@ -19,6 +19,7 @@ def match_graph(file: KerasFile) -> dict[str, Layer]:
     places = {"input": file.layers[0]}
     for layer in unplaced.copy():
         if layer.class_name in INPUT_SCALING and sources[layer.name] == [places["input"].name]:
+            check_options(layer, INPUT_SCALING[layer.class_name], "input")
             places["input"] = layer
             unplaced.remove(layer)
 

@@ -105,11 +105,7 @@ def input_normalization(file: KerasFile, places: dict[str, Layer], keras_input: 
                 values = layer.arrays or layer.config
                 deviation = np.maximum(np.sqrt(as_float32(values["variance"]).ravel()), 1e-7)
                 mean, std = mean + as_float32(values["mean"]).ravel() * std, std * deviation
-                if layer.config.get("invert"):
-                    raise KerasFileError(f"layer '{layer.name}': invert is True, expected False")
             mean, std = np.broadcast_to(mean, channels), np.broadcast_to(std, channels)
-        except KerasFileError:
-            raise
         except (KeyError, TypeError, ValueError):
             raise KerasFileError(
                 f"layer '{layer.name}' ({layer.class_name}): not a scaling a channel"

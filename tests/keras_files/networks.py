@@ -123,8 +123,8 @@ def dense_then(make: Callable | None) -> dict:
     return {"fc": head}
 
 
-def adapted(L: ModuleType, x: object) -> object:
-    layer = L.Normalization()
+def adapted(L: ModuleType, x: object, axis: int | None = -1) -> object:
+    layer = L.Normalization(axis=axis)
     layer.adapt(np.random.default_rng(0).uniform(0, 255, (8, *SHAPE)).astype(np.float32) * [0.5, 0.8, 1.0])
     return layer(x)
 
@@ -272,6 +272,9 @@ VARIANTS = {
         pixels=True,
     ),
     "normalization_adapted": variant(change={"input": adapted}, weights_alone=(), pixels=True),
+    "normalization_of_all": variant(
+        change={"input": lambda L, x: adapted(L, x, None)}, weights_alone=(), pixels=True
+    ),
     "rescaling_normalization": variant(
         change={
             "input": lambda L, x: L.Normalization(

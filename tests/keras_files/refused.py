@@ -4,6 +4,8 @@
 from collections.abc import Callable
 from types import ModuleType
 
+import numpy as np
+
 from tests.keras_files.networks import (
     CLASSES,
     SHAPE,
@@ -77,6 +79,18 @@ def conv_with(**options: object) -> Callable:
 
 def named(layer: str, *arguments: object, **options: object) -> Callable:
     return lambda L, x: getattr(L, layer)(*arguments, name="odd", **options)(x)
+
+
+def adapted_over(axis: int) -> Callable:
+    """Return a Normalization of three rows or columns, where there are three channels too."""
+
+    def normalized(L: ModuleType, x: object) -> object:
+        layer = L.Normalization(axis=axis, name="odd")
+        scales = np.reshape([0.2, 0.5, 1.0], [3 if at == axis else 1 for at in range(4)])
+        layer.adapt((np.random.default_rng(0).uniform(0, 255, (8, *x.shape[1:])) * scales).astype(np.float32))
+        return layer(x)
+
+    return normalized
 
 
 def behind(place_layer: Callable, layer: Callable) -> Callable:
@@ -212,6 +226,20 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "rescaling_inside": (
         variant(change=each("relu1", lambda L, x: L.Rescaling(2.0, name="odd")(L.ReLU()(x)))),
         "odd Rescaling",
+    ),
+    "normalization_of_rows": (
+        variant(shape=(3, 16, 3), change={"input": adapted_over(1)}),
+        "odd Normalization axis 1 -1 input",
+    ),
+    "normalization_of_columns": (
+        variant(shape=(16, 3, 3), change={"input": adapted_over(2)}),
+        "odd Normalization axis 2 -1 input",
+    ),
+    "normalization_inverted": (
+        variant(
+            change={"input": named("Normalization", mean=[1.0, 2, 3], variance=[1.0, 2, 3], invert=True)}
+        ),
+        "odd invert True False",
     ),
     "norm_of_input": (
         variant(change={"input": lambda L, x: L.BatchNormalization(name="odd")(x)}),
