@@ -37,7 +37,7 @@ bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -r tests/benchmarks/requirements.txt
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)
 
-# every recipe of README's 'From here', on the full test set in DATA_DIR; ExecuTorch is 300 MB
+# every recipe of RECIPES.md, on the full test set in DATA_DIR; ExecuTorch is 300 MB
 recipes: $(VENV)/.installed-tests
 	$(BIN)/pip install --quiet executorch
 	$(BIN)/python -m tests.recipes --data-dir $(DATA_DIR) $(ARGS)

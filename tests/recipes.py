@@ -1,10 +1,12 @@
-"""Runs the recipes of README's section 'From here', as they stand there: `make recipes`.
+"""Runs the recipes of RECIPES.md as they stand there: `make recipes`.
 
-    python -m tests.recipes [--data-dir DIR] [--checkpoint MODEL.pt] [--json FILE] [RECIPE ...]
+    python -m tests.recipes [--data-dir DIR] [--checkpoint MODEL.pt] [--keras-file MODEL.h5] [RECIPE ...]
 
-Each is run after the section's opening lines, in a folder of its own that has `checkpoints/resnet8.pt` (the
-bundled model, converted, unless another is named) and `data`. Prints what each one's network makes of the
-images beside the original. Without --data-dir, on the 1,000 bundled images, which are trained on, too.
+Each is run after its chapter's opening lines, each chapter in a process of its own, in a folder that has
+`checkpoints/resnet8.pt` (the bundled model, converted, unless another is named), the Keras file and `data`.
+Prints what each one's network makes of the images beside the original. Without --data-dir, on the 1,000
+bundled images, which stand in for all others too, and without the recipes' commands, which need the whole
+test set.
 """
 
 import argparse
@@ -13,47 +15,79 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+RECIPES = ROOT / "RECIPES.md"
+BUNDLED = ROOT / "checkpoints/resnet8_keras.h5"
 ALONE = "Classify an image"  # without the opening lines
-LARGE = {"ExecuTorch": "executorch"}  # what `make test` does not install
+LARGE = {  # what `make test` does not install
+    "ExecuTorch": "executorch",
+    "ExecuTorch's own ResNet8": "executorch",
+}
+SIZES = {"perf": 200, "calibration": 500}
 
 
-def read_recipes() -> tuple[str, dict[str, str]]:
-    """Return the opening lines, and each recipe's code by its heading."""
-    section = re.search(r"^## From here$(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)[1]
-    opening, *parts = re.split(r"^### (.*)$", section, flags=re.MULTILINE)
+class Recipe(NamedTuple):
+    """A recipe, and what is run before it."""
 
-    def code(text: str) -> str:
-        return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-
-    return code(opening), {name: code(text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    chapter: str
+    opening: str
+    blocks: list[tuple[str, str]]  # ("python" or "sh", text), in their order
 
 
-def run_recipe(name: str, opening: str, code: str) -> dict:
+def read_recipes() -> dict[str, Recipe]:
+    """Return the recipes by their headings."""
+    found = {}
+    for chapter, text in read_chapters().items():
+        opening, *parts = re.split(r"^### (.*)$", text, flags=re.MULTILINE)
+        opening = "".join(text for _, text in blocks_of(opening))
+        for name, part in zip(parts[::2], parts[1::2], strict=True):
+            found[name] = Recipe(chapter, "" if name == ALONE else opening, blocks_of(part))
+    return found
+
+
+def read_chapters() -> dict[str, str]:
+    """Return the chapters by their headings."""
+    _, *parts = re.split(r"^## (.*)$", RECIPES.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """Return the code and the commands in a part of RECIPES.md."""
+    return re.findall(r"^```(python|sh)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run_recipe(name: str, recipe: Recipe, data_dir: Path | None) -> dict:
     """Run a recipe in the current folder; return what came of it, or the error's traceback."""
     here = 'from_checkpoint("/path/to/this/repository/checkpoints'  # the folder has a checkpoint of its own
-    code = code.replace(here, 'from_checkpoint("checkpoints').replace("/path/to/this/repository", str(ROOT))
     namespace: dict = {}
     output, start = io.StringIO(), time.perf_counter()
     try:
         with contextlib.redirect_stdout(output):
-            exec(compile("" if name == ALONE else opening, "opening", "exec"), namespace)
-            exec(compile(code, name, "exec"), namespace)
+            exec(compile(recipe.opening, "opening", "exec"), namespace)
+            for language, text in recipe.blocks:
+                if language == "python":
+                    text = text.replace(here, 'from_checkpoint("checkpoints')
+                    text = text.replace("/path/to/this/repository", str(ROOT))
+                    exec(compile(text, name, "exec"), namespace)
+                elif data_dir:
+                    run_commands(text, data_dir)
     except Exception:
-        return {"error": traceback.format_exc()}
+        return {"error": traceback.format_exc(), "printed": output.getvalue()}
     found = {"seconds": time.perf_counter() - start, "printed": output.getvalue()}
     if "result" in namespace:
         original, result = namespace["original"], namespace["result"]
@@ -64,12 +98,27 @@ def run_recipe(name: str, opening: str, code: str) -> dict:
     return found
 
 
-def prepare_folder(folder: Path, data_dir: Path | None, checkpoint: Path | None) -> None:
-    """Put the checkpoint, the data and a photograph into a folder."""
+def run_commands(text: str, data_dir: Path) -> None:
+    """Run the commands of a recipe, and print what they print."""
+    for line in text.splitlines():
+        print(f"$ {line}")
+        _, script, *arguments = shlex.split(line)
+        data = ["--data-dir", data_dir] if script == "evaluate.py" else []
+        command = [sys.executable, ROOT / script, *arguments, *data]
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stdout)
+        if done.returncode:
+            raise RuntimeError(f"{line}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def prepare_folder(folder: Path, data_dir: Path | None, checkpoint: Path | None, keras_file: Path) -> None:
+    """Put the checkpoint, the Keras file, the data and a photograph into a folder."""
     (folder / "checkpoints").mkdir()
     (folder / "data").mkdir()
+    for name in ("model.h5", "pretrainedResnet.h5"):
+        shutil.copy(keras_file, folder / name)
     if data_dir:
-        for found in data_dir.resolve().glob("cifar-10-batches-*"):
+        for found in data_dir.glob("cifar-10-batches-*"):
             (folder / "data" / found.name).symlink_to(found)
     if checkpoint:
         shutil.copy(checkpoint, folder / "checkpoints/resnet8.pt")
@@ -83,45 +132,91 @@ def prepare_folder(folder: Path, data_dir: Path | None, checkpoint: Path | None)
 
     sample = cifar10.load_test(folder / "none")
     Image.fromarray(sample.images[0].transpose(1, 2, 0)).save(folder / "photo.png")
+
+
+def let_the_sample_stand_in() -> None:
+    """Replace all other images by the bundled ones, as many as there are of them."""
+    from data import cifar10
+
+    sample = cifar10.load_test("none", "sample")
+
+    def part(_: Path, which: str = "auto", download: bool = False) -> cifar10.Dataset:
+        count = SIZES.get(which, len(sample))
+        chosen = slice(None, None, len(sample) // count)
+        return replace(sample, images=sample.images[chosen], labels=sample.labels[chosen])
+
+    cifar10.load_test = part
+    cifar10.load_train = lambda *_, **__: (sample.images, sample.labels.astype(np.uint8))
+
+
+def run_chapter(names: list[str], folder: Path, data_dir: Path | None) -> dict[str, dict]:
+    """Run recipes of one chapter in this process, in a folder that is prepared."""
+    recipes = read_recipes()
+    sys.path.insert(0, str(ROOT))
     if not data_dir:
-        cifar10.load_train = lambda *_: (sample.images, sample.labels.astype(np.uint8))
+        let_the_sample_stand_in()
+    os.chdir(folder)
+    return {name: run_recipe(name, recipes[name], data_dir) for name in names}
+
+
+def run_in_processes(names: list[str], folder: Path, data_dir: Path | None) -> dict[str, dict]:
+    """Run recipes, each chapter in a process of its own: TensorFlow and torchvision do not get on."""
+    recipes, results = read_recipes(), {}
+    for chapter in dict.fromkeys(recipes[name].chapter for name in names):
+        chosen = [name for name in names if recipes[name].chapter == chapter]
+        code = (
+            "import json, sys; from pathlib import Path; from tests.recipes import run_chapter\n"
+            "names, folder, data_dir, answer = json.loads(sys.argv[1])\n"
+            "results = run_chapter(names, Path(folder), data_dir and Path(data_dir))\n"
+            "Path(answer).write_text(json.dumps(results))"
+        )
+        answer = folder / "results.json"
+        arguments = json.dumps([chosen, str(folder), data_dir and str(data_dir), str(answer)])
+        command = [sys.executable, "-W", "ignore", "-c", code, arguments]
+        log = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True).stderr
+        if not answer.is_file():
+            raise RuntimeError(f"the process of '{chapter}' ended\n{log}")
+        results |= json.loads(answer.read_text())
+        answer.unlink()
+    return results
 
 
 def results_table(results: dict[str, dict]) -> Table:
-    """Return the table that README shows."""
+    """Return the table that RECIPES.md shows."""
     table = Table("recipe", box=None, show_edge=False)
     for heading in ("accuracy", "same class", "McNemar's p", "largest difference\nof a logit", "seconds"):
         table.add_column(heading, justify="right")
     for name, found in results.items():
+        seconds = f"{found.get('seconds', 0):.0f}"
         if "accuracy" in found:
             p = found["mcnemar_p"]
             figures = [f"{found['accuracy']:.2%}", f"{found['same_prediction']:,}", f"{p:.2g}"]
-            table.add_row(name, *figures, f"{found['logits']:.1e}", f"{found['seconds']:.0f}")
+            table.add_row(name, *figures, f"{found['logits']:.1e}", seconds)
         else:
-            last = found.get("error", found.get("printed", "")).strip().rpartition("\n")[2]
-            table.add_row(name, last)
+            last = found.get("error", found["printed"]).strip().rpartition("\n")[2]
+            table.add_row(name, last, "", "", "", seconds)
     return table
 
 
 def main() -> int:
     """Run the recipes; exit with status 1 if one fails."""
-    opening, recipes = read_recipes()
+    recipes = read_recipes()
     parser = argparse.ArgumentParser(prog="python -m tests.recipes", description=__doc__.splitlines()[0])
     parser.add_argument("names", metavar="RECIPE", nargs="*", help=", ".join(recipes))
     parser.add_argument("--data-dir", type=Path, help="holds the test set, and the training set to fine-tune")
     parser.add_argument("--checkpoint", type=Path, help="a .pt with its .json (the bundled model's)")
+    parser.add_argument("--keras-file", type=Path, default=BUNDLED, help="for TensorFlow Lite (the bundled)")
+    parser.add_argument("--folder", type=Path, help="run in this empty folder, and leave what is made")
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
     if unknown := set(options.names) - set(recipes):
         parser.error(f"no recipe called {min(unknown)}")
 
-    sys.path.insert(0, str(ROOT))
-    checkpoint = options.checkpoint and options.checkpoint.resolve()
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_folder(Path(folder), options.data_dir, checkpoint)
-        os.chdir(folder)
-        results = {name: run_recipe(name, opening, recipes[name]) for name in options.names or recipes}
-        os.chdir(ROOT)
+    data_dir, checkpoint = (path and path.resolve() for path in (options.data_dir, options.checkpoint))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder or temporary).resolve()
+        prepare_folder(folder, data_dir, checkpoint, options.keras_file)
+        results = run_in_processes(options.names or list(recipes), folder, data_dir)
     if options.json:
         options.json.write_text(json.dumps(results))
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(results_table(results))
