@@ -32,7 +32,7 @@ END_SECONDS = 2  # to put away what is in a temporary folder
 
 
 class WorkerError(Exception):
-    """The worker refused or did not start (`status` is None), or ended with a `status`; `log` is its stderr."""
+    """The worker refused or did not start (`status` is None), or ended with `status`; `log` is its stderr."""
 
     def __init__(self, message: str, status: int | None = None, log: str = "") -> None:
         super().__init__(message)
