@@ -111,7 +111,9 @@ def is_ours(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(1024)
-    return start.startswith(TITLE.encode()) if path.suffix == ".txt" else DRAWN_BY.encode() in start
+    if path.suffix == ".txt":
+        return start.startswith(TITLE.encode())
+    return start.startswith(b"\x89PNG") and b"Software\0" + DRAWN_BY.encode() in start
 
 
 def write_results(evaluation: Evaluation, folder: Path, with_figure: bool) -> list[Path]:
@@ -140,7 +142,8 @@ def write_report(file: BinaryIO, evaluation: Evaluation) -> None:
     from models.evaluation.figure import draw_report
 
     names = [each.name for each in evaluation.all_predictions]
-    labels = labels_of(evaluation, short=max(map(len, names)) > LONGEST_DRAWN)
+    is_short = len(set(names)) == len(names) and max(map(len, names)) <= LONGEST_DRAWN
+    labels = labels_of(evaluation, short=not is_short)
     models = dict(zip(map(drawable, labels), evaluation.all_predictions, strict=True))
     ours, date = evaluation.checkpoint, evaluation.date
     captions = [f"{label}: {each.path}" for label, each in models.items() if label != each.name]
@@ -260,8 +263,9 @@ def files_text(evaluation: Evaluation, labels: list[str]) -> str:
     for each, label in zip(evaluation.all_predictions, labels, strict=True):
         ran = each.throughput or {}
         details = [str(each.path), each.format]
-        if (ran.get("dtype", "float32"), ran.get("device", "cpu")) != ("float32", "cpu"):
-            details.append(f"{ran['dtype']} on {ran['device']}")
+        arithmetic = f"{ran.get('dtype', 'float32')} on {ran.get('device', 'cpu')}"
+        if arithmetic != "float32 on cpu":
+            details.append(arithmetic)
         if not common:
             details.append(network_text(each))
         lines.append(f"{label}: {', '.join(filter(None, details))}")

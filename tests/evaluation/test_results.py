@@ -140,8 +140,8 @@ def evaluation_of(dataset, names, keras=True, **options):
     return Evaluation(dataset, None, models[0], baseline, models[1:], [], [], **options)
 
 
-@pytest.mark.parametrize("columns", [80, 100, 140, 200])
-@pytest.mark.parametrize("length", [4, 12, 14, 15, 24, 40, 90])
+@pytest.mark.parametrize("columns", [80, 100, 140])
+@pytest.mark.parametrize("length", [4, 14, 15, 40])
 @pytest.mark.parametrize("models", [1, 2, 3, 8, 50])
 def test_a_model_has_a_row_in_tables_that_fit(sample, columns, length, models):
     """At 80 columns and more; with its name whole, or else with a letter, which the lines above explain."""
@@ -293,8 +293,7 @@ def drawn(evaluation, monkeypatch):
     return found["texts"], found["sizes"], Image.open(content)
 
 
-@pytest.mark.parametrize("models", [1, 2, 5, 50])
-@pytest.mark.parametrize("keras", [True, False])
+@pytest.mark.parametrize("models, keras", [(1, True), (1, False), (5, False), (50, True)])
 def test_report_shows_every_model(sample, monkeypatch, models, keras):
     few = Dataset(sample.name, sample.images[:100], sample.labels[:100], sample.sha256)
     names = [f"model {index}.pt" for index in range(models)]
@@ -313,10 +312,16 @@ def test_report_shows_every_model(sample, monkeypatch, models, keras):
 
 def test_report_explains_letters_and_bears_any_name(sample, monkeypatch):
     few = Dataset(sample.name, sample.images[:100], sample.labels[:100], sample.sha256)
-    names = ["a$b_{^.pt", "_.pt", "bad\udce8.pt", "\u6a21.pt", "long" * 20]
+    names = ["a$b_{^$.pt", "_.pt", "bad\udce8.pt", "\u6a21.pt", "long" * 20]
     texts, *_ = drawn(evaluation_of(few, names, keras=False), monkeypatch)
-    assert "A: runs/a$b_{^.pt" in texts[-1] and "bad\\udce8" in texts[-1]
+    assert "A: runs/a$b_{^$.pt" in texts[-1] and "bad\\udce8" in texts[-1]
     assert "Confusion matrix of A (images)" in texts
+
+
+def test_report_drops_no_model_of_the_same_name(sample, monkeypatch):
+    few = Dataset(sample.name, sample.images[:100], sample.labels[:100], sample.sha256)
+    texts, *_ = drawn(evaluation_of(few, ["a.pt", "a.pt"], keras=False), monkeypatch)
+    assert [text[:4] for text in texts if text.endswith(" %")] == ["A   ", "B   "]
 
 
 # What is replaced
@@ -347,8 +352,8 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_what_is_not_ours_is_not_replaced(tmp_path, name, monkeypatch):
     save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
-    evaluated("model.pt", "--no-keras", "--report", cwd=tmp_path)
     foreign = tmp_path / "results" / name
+    foreign.parent.mkdir()
     foreign.write_bytes(FOREIGN[name])
     monkeypatch.setattr(evaluate, "load_test", lambda *_: pytest.fail("went on"))
     line = refused("model.pt", "--no-keras", "--report", cwd=tmp_path)
@@ -391,5 +396,5 @@ def test_a_name_that_is_no_text_is_written_as_its_code(tmp_path):
     path = save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
     for file in (path, path.with_suffix(".json")):
         os.rename(file, os.fsencode(tmp_path) + b"/bad\xe8" + file.suffix.encode())
-    evaluated("bad\udce8.pt", "--no-keras", "--report", cwd=tmp_path, run=process)
+    evaluated("bad\udce8.pt", "--no-keras", cwd=tmp_path)
     assert "bad\\udce8.pt" in (tmp_path / "results/metrics.txt").read_text(encoding="utf-8")
