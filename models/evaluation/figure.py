@@ -14,10 +14,10 @@ matplotlib.use("Agg")  # draws into a file, on a machine without a screen too
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-# Of Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color/).
-BLUE, ORANGE = "#0072B2", "#E69F00"
+# One of Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color/).
+BLUE = "#0072B2"
 MISTAKES = (3, 4)  # rows and columns of images
-SMALLEST = 1e-10  # the least difference in a probability on the log axis
+SMALLEST = 1e-16  # the left end of the axis of differences: the rounding of a float64 probability
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
