@@ -512,7 +512,7 @@ def test_usage_errors(model_file, tmp_path, command):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
         status, out, errors = command(*arguments, "--no-verify")
         assert (status, out) == (2, ""), arguments
-        assert errors[-1].startswith("convert.py: error: ") and words in errors[-1], arguments
+        assert errors[0].startswith("convert.py: error: ") and words in errors[0], arguments
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
     assert run("--no-such-option").returncode == 2
 
@@ -565,6 +565,14 @@ def test_output_that_cannot_be_written(model_file, tmp_path, command):
         assert len(errors) == 1
         assert errors[0].startswith(f"error: {model_file}: cannot write {output or place} ")
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_in_a_circle(tmp_path, command):
+    (tmp_path / "a.h5").symlink_to("b.h5")
+    (tmp_path / "b.h5").symlink_to("a.h5")
+    status, _, errors = command(tmp_path / "a.h5", "--no-verify")
+    assert status == 1
+    assert errors == [f"error: {tmp_path / 'a.h5'}: cannot be read: Too many levels of symbolic links"]
 
 
 def test_output_into_a_locked_folder(command, monkeypatch, locked):
