@@ -27,13 +27,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` and -P look for nothing here
+
 from data.cifar10 import DataError
-from models.common.errors import OutputExistsError, VerificationError
+from models.common.errors import OutputExistsError, VerificationError, printable
 from models.common.terminal import (
+    Parser,
+    a_file,
     add_keras_python,
     add_scaling,
     beside_the_scripts,
     check_scaling,
+    print_error,
     print_note,
     print_summary,
     run,
@@ -84,7 +89,7 @@ def main() -> int:
         ):
             outcomes = [convert(job, options, reader, keras) for job in options.jobs]
     except WorkerError as error:
-        print(f"error: {error}{(back or options.jobs)[0].hint}", file=sys.stderr)
+        print_error(f"{error}{(back or options.jobs)[0].hint}")
         return 1
     if len(outcomes) > 1:
         print_summary(outcomes)
@@ -112,7 +117,7 @@ def convert(
         if isinstance(error, WorkerError):
             print(error.log, file=sys.stderr, end="")
             message += job.hint
-        print(f"error: {path}: {message}", file=sys.stderr)
+        print_error(f"{path}: {message}")
         return path, None, message
 
 
@@ -236,7 +241,7 @@ def convert_back(
 
 def introduce(path: Path, kind: str, notes: list[str]) -> None:
     """Print which file it is, and what is to be said of it."""
-    print(f"{path}: {kind}")
+    print(printable(f"{path}: {kind}"))
     for note in notes:
         print_note(note, indent="  ")
 
@@ -255,9 +260,9 @@ def proof_of(results: dict | None, **versions: str) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line; exits with status 2 when it makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument(
-        "files", metavar="FILE", type=Path, nargs="*", help=f"Keras files, or checkpoints ({DEFAULT_INPUT})"
+        "files", metavar="FILE", type=a_file, nargs="*", help=f"Keras files, or checkpoints ({DEFAULT_INPUT})"
     )
     add = parser.add_argument_group("what is written").add_argument
     add("-o", "--output", metavar="OUT", help="the .pt, .h5 or .keras; a folder for several files")
@@ -304,7 +309,7 @@ def jobs_of(files: list[Path], output: str) -> list[Job]:
             raise ValueError(f"-o {output}: several files need a folder")
         into = len(jobs) > 1 or is_folder
         jobs = [job._replace(output=Path(output, job.output.name) if into else Path(output)) for job in jobs]
-    outputs, sources = [job.output for job in jobs], {job.path.resolve() for job in jobs}
+    outputs, sources = [job.output for job in jobs], {os.path.realpath(job.path) for job in jobs}
     for path, output, is_back in jobs:
         if outputs.count(output) > 1:
             raise ValueError(f"two of the files would be written to {output}")
@@ -313,7 +318,7 @@ def jobs_of(files: list[Path], output: str) -> list[Job]:
             raise ValueError(f"-o {output}: {wanted} ({path})")
         if output.suffix == ".json":
             raise ValueError(f"-o {output}: the .json beside the checkpoint would be written over it")
-        if sources & {output.resolve(), json_of(output).resolve()}:
+        if sources & {os.path.realpath(output), os.path.realpath(json_of(output))}:
             kind = "a checkpoint" if any(job.is_back for job in jobs) else "a Keras file"
             raise ValueError(f"{output} and its .json would be written over {kind}: name another with -o")
     return jobs

@@ -10,6 +10,7 @@ TensorFlow. `--compare OTHER.pt` evaluates other checkpoints alike: what did a c
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,14 +21,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` and -P look for nothing here
+
 from data.cifar10 import CLASS_NAMES, PARTS, DataError, Dataset, load_test
 from models.common.terminal import (
     Notes,
+    Parser,
+    a_file,
     add_keras_python,
     add_scaling,
     beside_the_scripts,
     check_scaling,
     output_width,
+    print_error,
     run,
 )
 from models.evaluation.baseline import keras_baseline
@@ -69,7 +75,7 @@ def main() -> int:
             message += "; python convert.py makes it"
     except (DataError, ValueError) as error:
         message = str(error)
-    print(f"error: {message}", file=sys.stderr)
+    print_error(message)
     return 1
 
 
@@ -249,8 +255,8 @@ def parse_arguments() -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{given} is not a fraction from 0 to 1 (0.87 is 87 %)")
         return value
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="a .pt file (checkpoints/resnet8.pt)")
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", nargs="?", type=a_file, help="a .pt file (checkpoints/resnet8.pt)")
     add = parser.add_argument_group("images").add_argument
     add("--data-dir", metavar="DIR", type=Path, help="where CIFAR-10 is (data)")
     add("--data", choices=PARTS, default="auto", help="the test set, 1,000 of it, MLPerf Tiny's 200 or 500")
@@ -258,8 +264,10 @@ def parse_arguments() -> argparse.Namespace:
     add_scaling(parser.add_argument_group("what CHECKPOINT is fed, if its .json does not say"), "CHECKPOINT")
     group = parser.add_argument_group("what it is compared with")
     add = group.add_argument
-    add("--compare", metavar="OTHER.pt", type=Path, nargs="+", default=[], help="evaluate these beside it")
-    add("--keras", metavar="KERAS_FILE", type=Path, help="the baseline (the file that CHECKPOINT came from)")
+    add("--compare", metavar="OTHER.pt", type=a_file, nargs="+", default=[], help="evaluate these beside it")
+    add(
+        "--keras", metavar="KERAS_FILE", type=a_file, help="the baseline (the file that CHECKPOINT came from)"
+    )
     add("--no-keras", action="store_true", help="no baseline")
     add_keras_python(group)
     add = parser.add_argument_group("how it is computed").add_argument

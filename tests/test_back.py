@@ -310,7 +310,7 @@ def test_usage_errors(checkpoint, keras_files, command, tmp_path):
         (checkpoint, keras_file, "--rescaling", "-o", tmp_path / "out"): "--rescaling",
     }.items():
         status, _, errors = command(*arguments, "--no-verify")
-        assert status == 2 and words in errors[-1], arguments
+        assert status == 2 and words in errors[0], arguments
     assert not (tmp_path / "new.h5").exists()
 
 

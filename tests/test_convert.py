@@ -427,6 +427,7 @@ def left_behind(mark):
 MOMENTS = {  # when -> (the beginning of the line of stdout that is waited for, seconds after it)
     "while it starts": (None, 0),
     "while torch is imported": ("  layers", 0.2),
+    "while Keras reads the file": ("  shapes", 0),
     "while Keras computes": ("  parameters", 0.5),
 }
 
@@ -434,15 +435,16 @@ MOMENTS = {  # when -> (the beginning of the line of stdout that is waited for, 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_interrupted(model_file, old_outputs, moment):
+def test_interrupted(model_file, old_outputs, tmp_path, moment):
     """SIGINT, to the command alone as `kill -INT` sends it, and to all of its group, as a terminal does."""
     output, untouched = old_outputs
+    (temporary := tmp_path / "temporary").mkdir()
     line, seconds = MOMENTS[moment]
     for to_group in (False, True):
         mark = f"INTERRUPTED={uuid.uuid4()}"
         process = subprocess.Popen(
             [sys.executable, "-u", ROOT / "convert.py", model_file, "-o", output],
-            env={**os.environ, **dict([mark.split("=")])},
+            env={**os.environ, "TMPDIR": str(temporary), **dict([mark.split("=")])},
             start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -455,12 +457,15 @@ def test_interrupted(model_file, old_outputs, moment):
                 time.sleep(0.01)
         while line and not process.stdout.readline().startswith(line):
             assert process.poll() is None
+        while "reads" in moment and not list(temporary.iterdir()):  # its own copy of the file
+            assert process.poll() is None
+            time.sleep(0.001)
         time.sleep(seconds)
         (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (130, "interrupted\n")
         assert untouched()
-        assert left_behind(mark) == []
+        assert left_behind(mark) == [] and list(temporary.iterdir()) == []
 
 
 def test_several_files_one_failing(reference_files, tmp_path, command):
@@ -507,7 +512,7 @@ def test_usage_errors(model_file, tmp_path, command):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
         status, out, errors = command(*arguments, "--no-verify")
         assert (status, out) == (2, ""), arguments
-        assert errors[-1].startswith("convert.py: error: ") and words in errors[-1], arguments
+        assert errors[0].startswith("convert.py: error: ") and words in errors[0], arguments
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
     assert run("--no-such-option").returncode == 2
 
@@ -560,6 +565,14 @@ def test_output_that_cannot_be_written(model_file, tmp_path, command):
         assert len(errors) == 1
         assert errors[0].startswith(f"error: {model_file}: cannot write {output or place} ")
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_in_a_circle(tmp_path, command):
+    (tmp_path / "a.h5").symlink_to("b.h5")
+    (tmp_path / "b.h5").symlink_to("a.h5")
+    status, _, errors = command(tmp_path / "a.h5", "--no-verify")
+    assert status == 1
+    assert errors == [f"error: {tmp_path / 'a.h5'}: cannot be read: Too many levels of symbolic links"]
 
 
 def test_output_into_a_locked_folder(command, monkeypatch, locked):

@@ -118,7 +118,8 @@ def test_dtype(tmp_path, dtype):
     ids=" ".join,
 )
 def test_usage_errors(tmp_path, arguments):
-    assert "usage:" in refused(*arguments, cwd=tmp_path, status=2)
+    message, help_for_it = refused(*arguments, cwd=tmp_path, status=2).splitlines()
+    assert message.startswith("evaluate.py: error: ") and help_for_it == "see evaluate.py --help"
 
 
 def test_help_and_usage_errors_import_no_large_library():

@@ -5,6 +5,7 @@ folder holds is looked at before each step that changes it. `tests/test_files.py
 """
 
 import hashlib
+import io
 import json
 import os
 import resource
@@ -12,6 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import zipfile
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,6 +23,10 @@ import pytest
 import convert
 from convert import convert_back, convert_file
 from models.evaluation import baseline
+from models.keras.file import read_keras_file
+from models.keras.process import KerasProcess
+from models.keras.server import with_config
+from models.keras.worker import WorkerError
 from tests.conftest import ROOT
 from tests.evaluating import command, random_model, save
 from tests.faults import at_every_step, check_whole, files_in, full_from
@@ -249,3 +256,31 @@ def test_kept_answers_that_cannot_be_written(evaluation):
         check_results(found, old)
         assert (status, len(errors)) == ((0, 0) if limit >= largest else (1, 1)), errors
     assert os.listdir(folder / "results") and sorted(path.name for path in folder.rglob(".*")) == []
+
+
+# What Keras reads, in a folder of its own
+
+
+def test_keras_on_a_full_disk_is_no_file_that_it_cannot_read(reference_files, reader, keras):
+    """Else the proof would go on with the graph that our reader has found, as with a file of Keras 2."""
+    file = read_keras_file(reference_files / "odd.h5", reader)
+    KerasProcess.load(keras, file)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = resource.prlimit(keras.process.pid, resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(WorkerError, match=r"Keras fails on the model: OSError: .* File too large"):
+            KerasProcess.load(keras, file)
+        with pytest.raises(WorkerError, match="Keras fails on the model: "):
+            keras.build(file.layers, ".h5")
+    finally:
+        resource.prlimit(keras.process.pid, resource.RLIMIT_FSIZE, limits)
+    assert KerasProcess.load(keras, file)["rebuilt"] is None
+
+
+def test_archive_for_keras_whatever_the_clock(keras_files, monkeypatch):
+    """ZIP knows no date before 1980, and a machine without a battery starts in 1970."""
+    content = (keras_files / "keras" / "plain.keras").read_bytes()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    with zipfile.ZipFile(io.BytesIO(with_config(content, {"checked": True}))) as archive:
+        assert sorted(archive.namelist()) == ["config.json", "metadata.json", "model.weights.h5"]
+        assert json.loads(archive.read("config.json")) == {"checked": True}

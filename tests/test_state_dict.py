@@ -149,6 +149,14 @@ def packed(model):
     return {**model.state_dict(), "fc.weight": weight}
 
 
+def with_tensor(name, change):
+    return lambda model: {**model.state_dict(), name: change(model.state_dict()[name.replace("_mask", "")])}
+
+
+def float8(tensor):
+    return tensor.to(torch.float8_e4m3fn)
+
+
 HOW = "torch.save(model.state_dict(), ...)"
 REFUSED = {  # what is saved -> words that say what it is, and how to save it instead
     "an object beside it": (
@@ -156,6 +164,16 @@ REFUSED = {  # what is saved -> words that say what it is, and how to save it in
         ["code or objects", HOW],
     ),
     "a mask alone": (mask_alone, ["conv1.weight_mask has no conv1.weight_orig"]),
+    "float8": (with_tensor("fc.weight", float8), ["fc.weight is torch.float8_e4m3fn, expected float32"]),
+    "a mask in float8": (
+        with_tensor("fc.weight_mask", float8),
+        ["fc.weight_mask is torch.float8_e4m3fn, expected float32"],
+    ),
+    "no values": (
+        with_tensor("fc.weight", lambda tensor: tensor.to("meta")),
+        ["fc.weight has no values (shape (10, 64), meta)"],
+    ),
+    "width 0": (lambda model: ResNet8(width=0).state_dict(), ["has no values (shape (0,"]),
     "two networks": (
         lambda model: {f"{part}.{key}": value for part in "ab" for key, value in model.state_dict().items()},
         ["fc.weight", "not a ResNet8's state_dict"],

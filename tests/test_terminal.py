@@ -1,11 +1,17 @@
 """models/common/terminal.py on a terminal of 80 columns, and in a pipe."""
 
+import io
 import os
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 
 import pytest
 
+from models.common import terminal
+from models.common.errors import printable
+from models.common.terminal import Parser
+from models.keras.worker import Worker, WorkerError
 from tests.conftest import ROOT
 
 pty = pytest.importorskip("pty")
@@ -110,3 +116,119 @@ def test_help_is_quick(name, tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith("usage: ")
+
+
+# Text from files, on its way to the terminal
+
+
+FAKE = "\x1b[2K\x9b1A\r\n  numbers     passed  \u202e"
+
+
+def test_control_codes_of_files_reach_no_terminal():
+    lines = on_a_terminal(f"""
+import sys
+from pathlib import Path
+from models.common.terminal import Notes, print_error, print_note, print_summary, run
+fake = {FAKE!r}
+def command():
+    print(f"wrote {{fake}}")
+    print_note(fake)
+    notes = Notes()
+    notes.add(fake)
+    assert notes.lines[0].isprintable()
+    print_summary([(Path("a.h5"), None, fake), (Path("b.h5"), None, "")])
+    print_error(fake)
+    return 0
+run(command)
+""")
+    assert all(line.isprintable() for line in lines), lines
+    assert sum(line.startswith("  numbers     passed") for line in lines) == 1  # but from us, who may
+    assert sum("passed" in line for line in lines) == 5
+
+
+def test_names_that_a_terminal_prints_are_left_alone():
+    for text in ("größe 模型 b\u3000c\u00a0d", "a\tb\x1bc"):
+        assert printable(text) == text.replace("\t", "?").replace("\x1b", "?")
+
+
+def test_log_of_a_process_is_printable():
+    with Worker("tests.test_terminal") as worker, pytest.raises(WorkerError) as caught:
+        worker.ask({})
+    assert "?[2K" in caught.value.log and all(line.isprintable() for line in caught.value.log.split("\n"))
+
+
+# Options that are not right
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data_dir", "x"], "unrecognized arguments: --data_dir x (did you mean --data-dir?)"),
+        (["--data_dir=x"], "unrecognized arguments: --data_dir=x (did you mean --data-dir?)"),
+        (["--data", "x"], "argument --data: invalid choice: 'x' (choose from * (did you mean --data-dir?)"),
+        (["--device", "x"], "argument --device: invalid choice: 'x' (choose from *"),
+        (["--epochs"], "unrecognized arguments: --epochs"),
+    ],
+)
+def test_what_is_wrong_is_said_first(capsys, arguments, expected):
+    parser = Parser("A command.\n\nAnd more.", prog="command.py")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--data", choices=("full", "sample"))
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--verbose")
+    assert parser.description == "A command."
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(arguments)
+    assert caught.value.code == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert fnmatchcase(first, f"command.py: error: {expected}"), first
+    assert "mean" in first or "mean" not in expected
+    assert second == "see command.py --help"
+
+
+@pytest.mark.parametrize("script", ["convert.py", "evaluate.py"])
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_path_without_a_name_is_no_file(script, name):
+    run = subprocess.run([sys.executable, ROOT / script, name], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert f"'{name}' is no file" in run.stderr.splitlines()[0] and "Traceback" not in run.stderr
+
+
+# How Python is started, and what the machine lets it do
+
+
+@pytest.mark.parametrize("script", ["convert.py", "evaluate.py"])
+@pytest.mark.parametrize(("options", "environment"), [(["-OO", "-I"], {}), ([], {"PYTHONSAFEPATH": "1"})])
+def test_scripts_run_however_python_is_started(tmp_path, script, options, environment):
+    command = [sys.executable, *options, ROOT / script, "none.pt"]
+    command += ["-o", "none.keras"] if script == "convert.py" else ["--no-keras"]
+    env = {**os.environ, **environment}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (run.returncode, len(run.stderr.splitlines())) == (1, 1), run.stderr
+    assert "none.pt" in run.stderr and "No such file" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't start new thread"), OSError(28, "full")]
+)
+def test_machine_that_has_no_more_is_one_line(capsys, monkeypatch, error):
+    def command():
+        raise error
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    assert terminal.run(command) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: cannot go on: {type(error).__name__}{': ' if str(error) else ''}{error}"
+
+
+def test_mistake_of_ours_is_none_of_the_machine(monkeypatch):
+    def command():
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(RuntimeError):
+        terminal.run(command)
+
+
+if __name__ == "__main__":  # the worker of a test above
+    sys.exit(FAKE)

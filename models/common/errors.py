@@ -1,17 +1,23 @@
 """The errors whose message is one line for the user."""
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Return text as one line of what a terminal prints: text from a file may hold control codes for it."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "?" for c in text)
+
 
 def one_line(error: Exception) -> str:
     """Return an exception's type and message as one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:200])
 
 
 class KerasFileError(ValueError):
     """The file cannot be converted. The message is one line: what is wrong, where, what was expected."""
 
     def __init__(self, message: str) -> None:
-        # names in the file may be of any length, and hold control codes for the terminal
-        super().__init__("".join(c if c.isprintable() else "?" for c in message[:1000]))
+        super().__init__(printable(message[:1000]))  # names in the file may be of any length
 
 
 class OutputExistsError(Exception):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import gc
 import io
 import os
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from models.common.errors import one_line, printable
 from models.common.tuning import COLLECT_AFTER
 
 if TYPE_CHECKING:
@@ -26,9 +29,10 @@ INTERRUPTED = 130  # the exit status of a program that Ctrl-C ends: 128 + SIGINT
 def run(command: Callable[[], int]) -> int:
     """Run a command; return its exit status.
 
-    Ctrl-C ends it with one line. A reader of its output that goes away (`| head -1`) ends the printing, not
-    the work; if the output cannot be written otherwise (a full disk), that is said when the work is done. A
-    letter that the terminal's encoding lacks is printed as its code, as on stderr.
+    Ctrl-C ends it with one line, and so does a machine that has no more memory or threads. A reader of its
+    output that goes away (`| head -1`) ends the printing, not the work; if the output cannot be written
+    otherwise (a full disk), that is said when the work is done. A letter that the terminal's encoding lacks
+    is printed as its code, as on stderr.
     """
     gc.set_threshold(COLLECT_AFTER)
     # Python has no stdout when it is closed (`>&-`)
@@ -41,8 +45,13 @@ def run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (MemoryError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't start new thread" not in str(error):
+            raise
+        print_error(f"cannot go on: {one_line(error)}")
+        return 1
     if output.error:
-        print(f"error: cannot write to stdout: {output.error.strerror}", file=sys.stderr)
+        print_error(f"cannot write to stdout: {output.error.strerror}")
     gc.freeze()  # what is left ends with the process: looking through it for garbage takes a quarter second
     return status or int(output.error is not None)
 
@@ -51,6 +60,31 @@ def beside_the_scripts(name: str) -> Path:
     """Return a path in the repository, relative to the current folder if that is the repository."""
     path = ROOT / name
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a command line, which says first what is wrong with it, and last where to read on."""
+
+    def __init__(self, documentation: str | None, **options: object) -> None:
+        """`documentation` is a docstring, whose first line `--help` shows; None as `python -OO` has it."""
+        super().__init__(description=(documentation or "").partition("\n")[0], **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, with the option that may be meant, and exit with status 2."""
+        known = list(self._option_string_actions)
+        for given in re.findall(r"--[\w-]+", message):
+            longer = [option for option in known if option.startswith(f"{given}-") and "choice" in message]
+            meant = longer if given in known else difflib.get_close_matches(given, known, 1, 0.75)
+            message += f" (did you mean {meant[0]}?)" if meant else ""
+        self.exit(2, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
+
+
+def a_file(given: str) -> Path:
+    """Return the path of a file, for an option; a path that has no name is a folder's."""
+    path = Path(given)
+    if not path.name:
+        raise argparse.ArgumentTypeError(f"'{given}' is no file")
+    return path
 
 
 def add_scaling(parser: argparse._ActionsContainer, model: str) -> None:
@@ -85,14 +119,19 @@ def print_summary(outcomes: list[tuple[Path, dict | None, str]]) -> None:
         verification = metadata and metadata["verification"]
         difference = f"{verification['float64']['probabilities']:.1e}" if verification else ""
         difference = difference or ("not verified" if metadata else "")
-        table.add_row(str(path), "converted" if metadata else "refused", difference, detail)
+        table.add_row(str(path), "converted" if metadata else "refused", difference, printable(detail))
     print()
     print_table(table)
 
 
+def print_error(message: str) -> None:
+    """Print what went wrong, one line on stderr."""
+    print(f"error: {printable(message)}", file=sys.stderr)
+
+
 def print_note(note: str, indent: str = "") -> None:
     """Print a note: on a terminal wrapped to its width, between words; in a pipe as one line."""
-    text = f"{indent}note: {note}"
+    text = printable(f"{indent}note: {note}")
     print(wrapped(text, f"{indent}  ") if sys.stdout.isatty() else text, flush=True)
 
 
@@ -104,6 +143,7 @@ class Notes:
 
     def add(self, line: str) -> None:
         """Print a line and keep it, once."""
+        line = printable(line)
         if line not in self.lines:
             self.lines.append(line)
             print_note(line)
@@ -154,7 +194,7 @@ def progress_bar(description: str) -> Callable[[Iterable, int], Iterable]:
 
 
 class _Output:
-    """Stdout, whose other end may be closed, or full."""
+    """Stdout, whose other end may be closed, or full, or a terminal that obeys control codes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self.error = stream, None
@@ -163,7 +203,8 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
+        shown = "\n".join(map(printable, text.split("\n")))  # names of files, and what they hold
+        self._try(lambda: self._stream.write(shown))
         return len(text)
 
     def flush(self) -> None:

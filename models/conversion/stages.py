@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from models.common.errors import printable
 from models.common.terminal import print_table
 from models.conversion.matching import match_graph
 from models.conversion.proof import compare_counts, compare_numbers, compare_tensors, figures_of
@@ -95,5 +96,5 @@ def print_rows(rows: list[Row]) -> None:
     for row in rows:
         shape = "absent" if row.source is None else str(row.source.shape)
         axes = f"= {row.absent:g}" if row.source is None else str(row.axes) if len(row.axes) > 1 else "as is"
-        table.add_row(f"{row.layer}/{row.variable}", shape, axes, row.key, str(row.shape))
+        table.add_row(printable(f"{row.layer}/{row.variable}"), shape, axes, row.key, str(row.shape))
     print_table(table)

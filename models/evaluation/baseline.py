@@ -13,7 +13,7 @@ import numpy as np
 
 from data.cifar10 import CLASS_NAMES, Dataset
 from data.files import read_regular, sha256_of, write_atomically
-from models.common.errors import KerasFileError
+from models.common.errors import KerasFileError, printable
 from models.common.terminal import Notes
 from models.evaluation.metrics import Predictions
 from models.files.metadata import written_metadata
@@ -128,7 +128,7 @@ def keras_predictions(
         keep_answers(places, {"key": np.array(key), "format": np.array(form), **kept}, notes)
     log_probabilities, form = found
     if not form and checkpoint.origin == sha256:  # answers kept by an earlier version do not say it
-        form = checkpoint.metadata["source"].get("format", "")
+        form = printable(str(checkpoint.metadata["source"].get("format", "")))
     return Predictions(name, keras_file, log_probabilities, dataset.labels, scaling, format=form)
 
 

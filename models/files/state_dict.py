@@ -95,6 +95,10 @@ WRAPPINGS = ("state_dict", "model_state_dict", "model")  # keys under which trai
 # torch.compile; DataParallel, DistributedDataParallel and AveragedModel; a Lightning module's attribute
 PREFIXES = ("_orig_mod.", "module.", "model.")
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of masks, for one
+READABLE = (*FLOATS, *INTEGERS)  # PyTorch has others, with which it cannot compute
+
 
 def plain_state_dict(path: Path, content: object) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a state_dict by name, whatever a training loop made of it, and what was undone.
@@ -120,6 +124,12 @@ def plain_state_dict(path: Path, content: object) -> tuple[dict[str, Tensor], li
             raise ValueError(
                 f"{path}: {name} is quantized; a quantized network is scored from Python: "
                 "from evaluate import score"
+            )
+        if value.is_meta or not value.numel():
+            raise ValueError(f"{path}: {name} has no values (shape {tuple(value.shape)}, {value.device})")
+        if value.dtype not in READABLE:
+            raise ValueError(
+                f"{path}: {name} is {value.dtype}, expected float32, float64, float16 or bfloat16"
             )
         is_dense = value.layout == torch.strided
         if not is_dense or value.untyped_storage().nbytes() < value.nbytes:  # as an expanded tensor's is

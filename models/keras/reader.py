@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.common.errors import KerasFileError, one_line
+from models.common.errors import KerasFileError, one_line, printable
 from models.keras.arrays import saved_arrays, saved_groups
 from models.keras.container import check_classes, lists_names, open_container
 from models.keras.file import Layer, check_values, pack_layers
@@ -25,6 +25,7 @@ def read_content(content: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     Raises KerasFileError with one line, and for damaged bytes whatever h5py, zipfile and json raise.
     """
     weights, config, version, kind = open_container(content)
+    version = version and printable(version[:40])  # a person reads it
     names_tensors = True
     if config is None:
         names_tensors = lists_names(weights)

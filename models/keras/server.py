@@ -56,10 +56,15 @@ class Server:
         content, rebuilt = arrays.pop("content").tobytes(), "the file holds weights alone"
         self.models, self.functions, self.renamed, model = {}, {}, {}, None
         if config is not None:
-            try:
-                model, rebuilt = load_file(content, config), None
-            except Exception as error:
-                rebuilt = one_line(error)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / ("model.keras" if content.startswith(b"PK") else "model.h5")
+                path.write_bytes(with_config(content, config))
+                try:
+                    model, rebuilt = keras.models.load_model(path, compile=False), None
+                except Exception as error:
+                    if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                        raise  # the machine fails, not Keras on the file
+                    rebuilt = one_line(error)
         if model is None:
             model, self.renamed = rebuild(unpack_layers(layers, arrays))
         self.config = json.loads(model.to_json())
@@ -78,6 +83,8 @@ class Server:
         model, _ = rebuild(unpack_layers(layers, arrays), keep_names=True)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"model{suffix}"
+            path.write_bytes(bytes(2**20 + 2 * sum(array.nbytes for array in arrays.values())))
+            path.unlink()  # there is room for it: on a full disk the HDF5 library crashes
             model.save(path)
             return {}, {"content": np.frombuffer(path.read_bytes(), np.uint8)}
 
@@ -162,25 +169,21 @@ def scaled(pixels: np.ndarray, scaling: dict, dtype: str) -> np.ndarray:
     return Scaling(**scaling).of(pixels).transpose(0, 2, 3, 1).astype(dtype)
 
 
-def load_file(content: bytes, config: dict) -> object:
-    """Return a file's Keras model. Keras is given `config`, which our reader has checked, not the file's."""
-    import keras
+def with_config(content: bytes, config: dict) -> bytes:
+    """Return a file's content with `config`, which our reader has checked, in the place of its own."""
+    target = io.BytesIO()
+    if content.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as archive:
+            for name in ("metadata.json", "model.weights.h5"):
+                archive.writestr(zipfile.ZipInfo(name), source.read(name))  # of no date, whatever the clock
+            archive.writestr(zipfile.ZipInfo("config.json"), json.dumps(config))
+    else:
+        import h5py
 
-    with tempfile.TemporaryDirectory() as folder:
-        if content.startswith(b"PK"):
-            path = Path(folder) / "model.keras"
-            with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(path, "w") as target:
-                for name in ("metadata.json", "model.weights.h5"):
-                    target.writestr(name, source.read(name))
-                target.writestr("config.json", json.dumps(config))
-        else:
-            import h5py
-
-            path = Path(folder) / "model.h5"
-            path.write_bytes(content)
-            with h5py.File(path, "r+") as file:
-                file.attrs["model_config"] = json.dumps(config)
-        return keras.models.load_model(path, compile=False)
+        target.write(content)
+        with h5py.File(target, "r+") as file:
+            file.attrs["model_config"] = json.dumps(config)
+    return target.getvalue()
 
 
 def rebuild(layers: Iterable[Layer], keep_names: bool = False) -> tuple[object, dict[str, str]]:

@@ -5,17 +5,16 @@
 trains `models/keras/resnet8.py` and writes FILE.h5; started again, it goes on from where it was stopped.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from data.cifar10 import DataError, load_train
-from models.common.terminal import beside_the_scripts
+from models.common.terminal import Parser, beside_the_scripts
 
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m models.keras.train", description=__doc__.splitlines()[0])
+    parser = Parser(__doc__, prog="python -m models.keras.train")
     parser.add_argument(
         "--data-dir", type=Path, default=beside_the_scripts("data"), help="holds cifar-10-batches-bin/ (data)"
     )

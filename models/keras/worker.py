@@ -24,6 +24,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from models.common.errors import printable
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -116,9 +118,9 @@ class Worker:
             timer.cancel()
 
     def log(self) -> str:
-        """Return what the process has written to its stderr."""
+        """Return what the process has written to its stderr, as a terminal may print it."""
         self.stderr.seek(0)
-        return self.stderr.read().decode(errors="replace")
+        return "\n".join(map(printable, self.stderr.read().decode(errors="replace").split("\n")))
 
     def close(self) -> None:
         """End the process. It has a moment to put away its temporary folder, if it has one."""
