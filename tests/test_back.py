@@ -199,6 +199,25 @@ def test_written_file(keras_files, reader, keras, tmp_path, suffix):
     assert [(norm["epsilon"], norm["momentum"]) for norm in norms] == [(1e-5, 0.9)] * 7
 
 
+def test_settings_of_the_user_change_nothing(
+    checkpoint, keras_files, reader, tmp_path, few_images, monkeypatch
+):
+    """Keras's keras.json, which says what dtype is meant where none is said; and Python's warnings."""
+    (tmp_path / "keras.json").write_text('{"floatx": "float16", "image_data_format": "channels_first"}')
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    with KerasProcess() as process:
+        for suffix in (".h5", ".keras"):
+            path = tmp_path / f"model{suffix}"
+            convert_back(checkpoint, path, reader, process, rescaling=True)
+            layers = read_keras_file(path, reader).layers
+            assert layers[0].config["dtype"] == "float32" and '"float16"' not in json.dumps(
+                [layer.config for layer in layers]
+            )
+        alone = keras_files / "keras" / "plain.weights.h5"
+        assert convert_file(alone, tmp_path / "alone.pt", reader, process, **INPUT)["verification"]["rebuilt"]
+
+
 def test_same_checkpoint_gives_the_same_h5(checkpoint, reader, keras, tmp_path):
     written = [
         convert_back(checkpoint, tmp_path / f"{name}.h5", reader, keras, verify=False)["sha256"]

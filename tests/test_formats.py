@@ -95,7 +95,9 @@ def test_says_what_was_assumed_and_converted(keras_files, reader, tmp_path, caps
         assert json.loads((tmp_path / "a.json").read_text())["architecture"]["bn_eps"] == 1e-4
     for name, policy in (("float16", "float16"), ("float64", "float64"), ("mixed_float16", "mixed_float16")):
         convert_file(keras_files / "keras" / f"{name}.keras", tmp_path / "a.pt", reader)
-        assert re.search(rf"{policy}.*converted to float32", capsys.readouterr().out)
+        printed = capsys.readouterr().out
+        assert re.search(rf"{policy}.*converted to float32", printed)
+        assert (f"note: {policy} input" in printed) == (policy != "mixed_float16")
 
 
 @pytest.mark.long

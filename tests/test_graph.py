@@ -301,3 +301,17 @@ def test_epsilon_that_is_none_is_refused(edited, refusal, epsilon):
                 layer["config"]["epsilon"] = epsilon
 
     assert "epsilon" in refusal(edited(edit_config(change)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": 1e-300}, {"offset": float("inf")}])
+def test_rescaling_that_is_none_is_refused(edited, refusal, options):
+    """In one line, without a warning of numpy's beside it."""
+
+    def change(config):
+        (layer,) = [layer for layer in config["config"]["layers"] if layer["class_name"] == "Rescaling"]
+        layer["config"] |= options
+
+    assert refusal(edited(edit_config(change), "rescaling.h5")).startswith(
+        "the input scaling comes to mean ["
+    )

@@ -328,6 +328,26 @@ def test_one_huge_channel_hides_nothing_in_the_others():
     assert np.isnan(proof.largest_difference(ours, theirs * np.nan))
 
 
+# The proof runs what the file says, not what most files say
+
+
+def test_a_half_precision_input_rounds(keras_files, reader, keras, tmp_path, capsys):
+    """Pixels are exact in it; what they are scaled to is not, and then Keras computes something else."""
+    path = keras_files / "keras" / "float16.h5"
+    convert_file(path, tmp_path / "model.pt", reader, keras, **PLAIN)
+    assert "note: float16 input: Keras rounds what it is fed" in capsys.readouterr().out
+    with pytest.raises(VerificationError, match=r"first difference from Keras is in conv1 .* in float64"):
+        convert_file(path, tmp_path / "model.pt", reader, keras, mean=[0.0], std=[255.0])
+    float32 = keras.predict(np.full((1, 3, 16, 16), 100.1), Scaling.given(3))
+    assert np.array_equal(float32, keras.predict(np.full((1, 3, 16, 16), 100.125), Scaling.given(3)))
+
+
+def test_one_output_in_a_dict_is_that_output(keras_files, reader, keras, tmp_path):
+    for name in ("dict_output.h5", "dict_output.keras"):
+        results = convert_file(keras_files / "keras" / name, tmp_path / "model.pt", reader, keras, **PLAIN)
+        assert results["verification"]["float64"]["probabilities"] <= 1e-12
+
+
 def test_float32_has_its_bound(reference_files, reader, keras, old_outputs, monkeypatch):
     output, untouched = old_outputs
     monkeypatch.setitem(proof.MAX_PROBABILITY_DIFFERENCE, "float32", 1e-12)

@@ -14,7 +14,7 @@ from models.common.errors import VerificationError
 from models.common.tuning import torch_threads
 from models.conversion.tensors import Row
 from models.graph import GRAPH
-from models.keras.file import KerasFile, Layer
+from models.keras.file import HALF_FLOATS, KerasFile, Layer
 from models.keras.process import KerasProcess
 from models.resnet8 import ResNet8
 from models.scaling import Scaling
@@ -89,6 +89,8 @@ def compare_numbers(
     WorkerError when Keras fails.
     """
     real, random = probe_images(file.input_shape).values()
+    if file.layers[0].config.get("dtype") in HALF_FLOATS:
+        random = random.round()  # whole pixels are exact in it; what is not, Keras rounds
     on_layers = in_batches(np.concatenate([real[:EVERY_LAYER], random[:EVERY_LAYER]]))
     others = real[EVERY_LAYER:]
     results = {dtype: {"activations": 0.0, "probabilities": 0.0} for dtype in ("float64", "float32")}

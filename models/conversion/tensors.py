@@ -100,7 +100,8 @@ def input_normalization(file: KerasFile, places: dict[str, Layer], keras_input: 
         try:
             if layer.class_name == "Rescaling":
                 scale, offset = (as_float32(layer.config[key]) for key in ("scale", "offset"))
-                mean, std = mean - offset * std / scale, std / scale
+                with np.errstate(all="ignore"):  # a scale of 0 is refused below
+                    mean, std = mean - offset * std / scale, std / scale
             elif layer.class_name == "Normalization":
                 values = layer.arrays or layer.config
                 deviation = np.maximum(np.sqrt(as_float32(values["variance"]).ravel()), 1e-7)

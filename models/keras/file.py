@@ -30,7 +30,8 @@ TRAINING_LAYERS = set(
     RandomHeight RandomWidth RandomErasing RandomHue RandomSaturation RandomSharpness
     """.split()
 )
-FLOATS = ("float16", "bfloat16", "float32", "float64")  # Keras 3.5 to 3.8 casts to the dtype of its policy
+HALF_FLOATS = ("float16", "bfloat16")
+FLOATS = (*HALF_FLOATS, "float32", "float64")  # Keras 3.5 to 3.8 casts to the dtype of its policy
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ class KerasFile:
             policies.add(f"{policy!s:.40}")
         policies -= {"float32"}
         notes = [self.assumed] if self.assumed else []
+        fed = self.layers[0].config.get("dtype")
+        if fed in HALF_FLOATS:
+            notes.append(f"{fed} input: Keras rounds what it is fed (not whole pixels), PyTorch does not")
+        if fed == "float64":
+            notes.append("float64 input, converted to float32")
         notes += [f"{', '.join(sorted(stored))} weights, converted to float32"] if stored else []
         return notes + (
             [f"dtype policy {', '.join(sorted(policies))}, converted to float32"] if policies else []

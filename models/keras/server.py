@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ except ImportError as error:  # a Python without numpy has no Keras
 
 from models.common.errors import one_line
 from models.common.tuning import COLLECT_AFTER
-from models.keras.file import Layer, unpack_layers
+from models.keras.file import FLOATS, HALF_FLOATS, Layer, unpack_layers
 from models.keras.worker import WorkerError, serve
 from models.scaling import Scaling
 
@@ -128,7 +129,11 @@ class Server:
         import keras
 
         if dtype not in self.models:
-            model = keras.models.model_from_json(json.dumps(with_dtype(self.config, dtype)))
+            config = with_dtype(self.config, dtype)
+            for layer, own in zip(config["config"]["layers"], self.config["config"]["layers"], strict=True):
+                if own["class_name"] == "InputLayer" and own["config"].get("dtype") in HALF_FLOATS:
+                    layer["config"]["dtype"] = own["config"]["dtype"]  # it rounds what the model is fed
+            model = keras.models.model_from_json(json.dumps(config))
             model.set_weights(self.weights)
             for _, layer in flat_layers(model):
                 if hasattr(layer, "finalize_state"):  # a Normalization computes with copies of its weights
@@ -143,9 +148,12 @@ class Server:
         if (dtype, logits_of) not in self.functions:
             model = self.model_in(dtype)
             batches = tf.TensorSpec([None, *model.input_shape[1:]], dtype)
-            function = tf.function(
-                lambda images: model(images, training=False), input_signature=[batches], autograph=False
-            )
+
+            @tf.function(input_signature=[batches], autograph=False)
+            def function(images: tf.Tensor) -> tf.Tensor:
+                (outputs,) = tf.nest.flatten(model(images, training=False))  # they may lie in a dict
+                return outputs
+
             layers = {self.renamed.get(path, path): layer for path, layer in flat_layers(model)}
             with without_softmax(layers[logits_of]) if logits_of else nullcontext():
                 self.functions[dtype, logits_of] = function.get_concrete_function()
@@ -197,7 +205,9 @@ def rebuild(layers: Iterable[Layer], keep_names: bool = False) -> tuple[object, 
     for each in layers:
         if each.class_name == "InputLayer":
             shape = each.config.get("batch_shape") or each.config["batch_input_shape"]
-            first = tensors[each.name] = keras.Input(shape[1:], name=each.name if keep_names else None)
+            dtype = each.config.get("dtype") if each.config.get("dtype") in FLOATS else "float32"
+            name = each.name if keep_names else None
+            first = tensors[each.name] = keras.Input(shape[1:], name=name, dtype=dtype)
             continue
         if each.class_name == "Cast":  # in float32 and float64 it does nothing
             tensors[each.name] = tensors[each.inputs[0]]
@@ -261,10 +271,13 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the reference is the CPU's arithmetic
     os.environ["KERAS_BACKEND"] = "tensorflow"
     gc.set_threshold(COLLECT_AFTER)
+    warnings.simplefilter("ignore")  # of Keras's own code: PYTHONWARNINGS=error would make errors of them
     sys.modules["matplotlib"] = None  # Keras would import it, to draw figures, which takes a quarter second
     try:
-        import keras  # noqa: F401  # imported while the caller reads and maps the file
+        import keras  # imported while the caller reads and maps the file
 
+        keras.backend.set_floatx("float32")  # whatever the user's keras.json says: a file says its own
+        keras.backend.set_image_data_format("channels_last")
         respond = Server().respond
     except ImportError as error:
         reason = f"{sys.executable} cannot import Keras ({error}): install tensorflow, or name another Python"

@@ -168,6 +168,11 @@ def nested(K: ModuleType) -> object:
     return K.Model(inputs, resnet8(K)(K.layers.Rescaling(1 / 255)(inputs)))
 
 
+def dict_output(K: ModuleType) -> object:
+    model = resnet8(K)
+    return K.Model(model.input, {"probabilities": model.output})
+
+
 def integer_input(K: ModuleType) -> object:
     inputs = K.Input(SHAPE, dtype="uint8")
     return K.Model(inputs, resnet8(K)(K.layers.Rescaling(1 / 127.5, offset=-1)(inputs)))
@@ -285,6 +290,7 @@ VARIANTS = {
         pixels=True,
     ),
     "nested": Variant(nested, weights_alone=(), pixels=True),
+    "dict_output": Variant(dict_output),
     "integer_input": Variant(integer_input, weights_alone=(), pixels=True),
     "nested_stages": variant(nest_stages=True, weights_alone=(".legacy.h5",)),
     "nested_deep": Variant(nested_deep),

@@ -52,7 +52,9 @@ def write_variant(K: ModuleType, name: str, folder: Path, rng: np.random.Generat
         if chosen.pixels
         else rng.normal(0, 1, (3, height, width, channels))
     )
-    return {f"{name}:images": images, f"{name}:outputs": np.asarray(twin(images, training=False))}
+    outputs = twin(images, training=False)
+    outputs = outputs["probabilities"] if isinstance(outputs, dict) else outputs
+    return {f"{name}:images": images, f"{name}:outputs": np.asarray(outputs)}
 
 
 def write_hostile(K: ModuleType, folder: Path) -> None:
