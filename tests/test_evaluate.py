@@ -21,6 +21,7 @@ from models.evaluation.metrics import p_text
 from models.resnet8 import ResNet8
 from tests.evaluating import (
     ROOT,
+    SHARED,
     command,
     evaluated,
     needs_real_model,
@@ -392,6 +393,22 @@ def test_a_data_dir_that_was_given_must_hold_the_data(tmp_path, monkeypatch, cap
     assert not (tmp_path / "results").exists()
     status, out, _ = command_line(monkeypatch, capsys, tmp_path, *arguments, "--data", "sample")
     assert status == 0 and "1,000 images" in out
+
+
+@pytest.mark.parametrize(("part", "images"), [("perf", 200), ("calibration", 500)])
+def test_mlperf_tiny_images(tmp_path, monkeypatch, capsys, part, images):
+    """They are of the whole test set, and never of the sample."""
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    arguments = ["model.pt", "--no-keras", "--data", part, "--data-dir"]
+    status, _, error = command_line(monkeypatch, capsys, tmp_path, *arguments, tmp_path)
+    assert status == 1 and len(error.splitlines()) == 1
+    assert f"no complete CIFAR-10 test set in {tmp_path}" in error and "--download" in error
+    if not (SHARED / "cifar-10-batches-bin/test_batch.bin").exists():
+        pytest.skip("the full test set is absent")
+    status, out, _ = command_line(monkeypatch, capsys, tmp_path, *arguments, SHARED)
+    assert status == 0 and f"ResNet8 on the MLPerf Tiny {part} set, {images} images" in out
+    dataset = json.loads((tmp_path / "results/metrics.json").read_text())["dataset"]
+    assert (dataset["name"], dataset["images"]) == (f"MLPerf Tiny {part} set", images)
 
 
 def test_defaults_lie_beside_the_scripts(tmp_path, monkeypatch, capsys):
