@@ -31,10 +31,12 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` an
 
 from data.cifar10 import DataError
 from models.common.errors import OutputExistsError, VerificationError, printable
+from models.common.kinds import OTHER_SUFFIXES
 from models.common.terminal import (
     Parser,
     a_file,
     add_keras_python,
+    add_key,
     add_scaling,
     beside_the_scripts,
     check_scaling,
@@ -105,7 +107,8 @@ def convert(
     try:
         check_outputs(output, options.force, path)
         if is_back:
-            metadata = convert_back(path, output, reader, keras, *fed, options.rescaling, verify, verbose)
+            rescaling, key = options.rescaling, options.key
+            metadata = convert_back(path, output, reader, keras, *fed, rescaling, verify, verbose, key)
         else:
             against = keras if verify else None
             metadata = convert_file(path, output, reader, against, *fed, options.bn_eps, verbose)
@@ -183,12 +186,14 @@ def convert_back(
     rescaling: bool = False,
     verify: bool = True,
     verbose: bool = False,
+    key: str | None = None,
 ) -> dict:
     """Convert one checkpoint to Keras, write `output` (.h5 or .keras) and its JSON; return the latter.
 
     `mean` and `std` (a value, or one a channel, in pixel units) say what the network is fed, where its JSON
-    does not; the Keras model is fed the same, or, with `rescaling`, plain pixels. Raises ValueError for what
-    is no checkpoint, VerificationError, WorkerError, OSError; writes nothing then.
+    does not; the Keras model is fed the same, or, with `rescaling`, plain pixels. `key` names one of several
+    state_dicts in the file. Raises ValueError for what is no checkpoint, VerificationError, WorkerError,
+    OSError; writes nothing then.
     """
     from models.checkpoint import architecture_of, read_checkpoint
     from models.conversion.proof import compare_scaling
@@ -196,7 +201,7 @@ def convert_back(
 
     # Read: the network, what it is fed, and BatchNorm's constants
     try:
-        checkpoint = read_checkpoint(path).fed(mean, std)
+        checkpoint = read_checkpoint(path, key=key).fed(mean, std)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     scaling, architecture = checkpoint.scaling, architecture_of(checkpoint.model)
@@ -271,6 +276,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("what the files do not say")
     add_scaling(group, "the model")
     group.add_argument("--bn-eps", type=float, default=1e-3, help="epsilon of Keras weights alone (0.001)")
+    add_key(group)
     group.add_argument(
         "--rescaling", action="store_true", help="back to Keras: it is to scale its own pixels"
     )
@@ -316,6 +322,8 @@ def jobs_of(files: list[Path], output: str) -> list[Job]:
         if is_back != (output.suffix in KERAS_SUFFIXES):
             wanted = "a checkpoint becomes .h5 or .keras" if is_back else "that is a Keras file's"
             raise ValueError(f"-o {output}: {wanted} ({path})")
+        if output.suffix.lower() in OTHER_SUFFIXES:
+            raise ValueError(f"-o {output}: what is written is a PyTorch state_dict; call it .pt")
         if output.suffix == ".json":
             raise ValueError(f"-o {output}: the .json beside the checkpoint would be written over it")
         if sources & {os.path.realpath(output), os.path.realpath(json_of(output))}:

@@ -1,10 +1,11 @@
 """Evaluate a ResNet8 checkpoint on CIFAR-10, against the Keras model that it was converted from.
 
-    python evaluate.py [CHECKPOINT]
+    python evaluate.py [CHECKPOINT] [OTHER ...]
 
 feeds every test image to the network, prints its accuracy beside Keras's, and writes metrics.txt and
 metrics.json. Keras runs once: its probabilities are kept beside the checkpoint, and later runs need no
-TensorFlow. `--compare OTHER.pt` evaluates other checkpoints alike: what did a change cost?
+TensorFlow. OTHER files are evaluated alike: what did a change cost? A file is a state_dict (.pt,
+.safetensors), or what was made of one: ONNX, TensorFlow Lite, torch.export's .pt2.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +23,13 @@ from numpy.typing import ArrayLike
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` and -P look for nothing here
 
-from data.cifar10 import CLASS_NAMES, PARTS, DataError, Dataset, load_test
+from data.cifar10 import PARTS, DataError, Dataset, load_test
 from models.common.terminal import (
     Notes,
     Parser,
     a_file,
     add_keras_python,
+    add_key,
     add_scaling,
     beside_the_scripts,
     check_scaling,
@@ -37,6 +38,7 @@ from models.common.terminal import (
     run,
 )
 from models.evaluation.baseline import keras_baseline
+from models.evaluation.loading import load_checkpoint, predictor
 from models.evaluation.metrics import (
     Predictions,
     check_guards,
@@ -45,6 +47,7 @@ from models.evaluation.metrics import (
     short_names,
 )
 from models.evaluation.results import Evaluation, check_results, write_results
+from models.evaluation.runtimes import calibration_note, start_runner
 from models.keras.worker import WorkerError
 from models.scaling import Scaling
 
@@ -87,24 +90,25 @@ def evaluate(options: argparse.Namespace) -> int:
     if dataset.notice:
         notes.add(dataset.notice)
 
-    # Load and predict: one at a time, so that memory does not grow; ours last, beside Keras
-    predict = predictor(dataset, options)
-    name, *compared_names = short_names([options.checkpoint, *options.compare])
-    checkpoint = load_checkpoint(
-        options.checkpoint, dataset, notes, options.mean, options.std, dtype=options.dtype
-    )
-    compared, origins = [], {name: checkpoint.origin}
-    for path, compared_name in zip(options.compare, compared_names, strict=True):
-        other = load_checkpoint(path, dataset, notes, like=checkpoint, dtype=options.dtype)
-        compared.append(predict(other, compared_name))
-        origins[compared_name] = other.origin
+    # Load and predict: one at a time, so that memory does not grow
+    predict, files = predictor(dataset, options), [options.checkpoint, *options.compare]
+    name, *compared_names = short_names(files)
+    with start_runner(files) as runner:
+        fit = {"dtype": options.dtype, "key": options.key, "runner": runner}
+        checkpoint = load_checkpoint(options.checkpoint, dataset, notes, options.mean, options.std, **fit)
+        may_fold = checkpoint.is_as_converted and not options.compare and options.dtype == "float32"
+        ours = None if may_fold else predict(checkpoint, name)
+        compared, origins = [], {name: checkpoint.origin}
+        for path, compared_name in zip(options.compare, compared_names, strict=True):
+            other = load_checkpoint(path, dataset, notes, like=checkpoint, **fit)
+            compared.append(predict(other, compared_name))
+            origins[compared_name] = other.origin
     keras = None
     if not options.no_keras:
         keras = keras_baseline(checkpoint, options.keras, origins, dataset, options.keras_python, notes)
     if options.max_drop is not None and not keras and not compared:
         raise ValueError("--max-drop: there is neither a Keras baseline nor a --compare to measure a drop by")
-    may_fold = checkpoint.is_as_converted and not compared and options.dtype == "float32"
-    ours = predict_folded(predict, checkpoint, name, keras, notes) if may_fold else predict(checkpoint, name)
+    ours = ours or predict_folded(predict, checkpoint, name, keras, notes)
 
     # Print and write
     guards = check_guards([ours, *compared], keras or ours, options.min_accuracy, options.max_drop)
@@ -114,6 +118,9 @@ def evaluate(options: argparse.Namespace) -> int:
     print(f"\n{evaluation.summary(output_width())}")
     for near_chance in near_chance_notes(ours, compared, keras, options.mean or options.std):
         notes.add(near_chance)
+    for each in (ours, *compared):
+        if note := calibration_note(each, dataset):
+            notes.add(note)
     written = write_results(evaluation, options.output, options.report)
     print(f"wrote {', '.join(map(str, written))}")
     return print_shortfalls(guards)
@@ -127,73 +134,6 @@ def print_shortfalls(guards: list[dict]) -> int:
         measured = f"{guard['checkpoint']}: accuracy {guard['measured']:.4f}{below}"
         print(f"shortfall: {measured}, {guard['guard']} {guard['bound']:g}", file=sys.stderr)
     return SHORTFALL if unmet else 0
-
-
-def load_checkpoint(
-    path: Path,
-    dataset: Dataset,
-    notes: Notes,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    like: Checkpoint | None = None,
-    dtype: str = "float32",
-) -> Checkpoint:
-    """Load a checkpoint that fits the data. Raises OSError, or ValueError with one line.
-
-    `mean` and `std` (a value, or one a channel, in pixel units) go before what its JSON says; without either
-    it is fed as the checkpoint `like`, or plain pixels.
-    """
-    import torch
-
-    from models.checkpoint import read_checkpoint
-
-    checkpoint = read_checkpoint(path, dtype=torch.float64 if dtype == "float64" else torch.float32)
-    if checkpoint.read_as:
-        notes.add(checkpoint.read_as)
-    channels, classes = checkpoint.model.conv1.in_channels, checkpoint.model.fc.out_features
-    described, described_in = checkpoint.metadata.get("input", {}), path.with_suffix(".json")
-    shape = [channels, *described.get("shape", [None] * 3)[1:]]
-    if any(size not in (None, needed) for size, needed in zip(shape, dataset.images.shape[1:], strict=True)):
-        raise ValueError(
-            f"{path}: takes images of shape {shape}, CIFAR-10's are {[*dataset.images.shape[1:]]}"
-        )
-    if classes != len(CLASS_NAMES):
-        raise ValueError(f"{path}: has {classes} classes, CIFAR-10 has {len(CLASS_NAMES)}")
-    if mean or std:
-        checkpoint = checkpoint.fed(mean, std)
-    elif "mean" not in described or "std" not in described:
-        assumed = f"fed as {like.path.name}" if like else "pixels from 0 to 255 are assumed"
-        checkpoint = replace(checkpoint, scaling=like.scaling) if like else checkpoint
-        notes.add(
-            f"{described_in} does not say what {path.name} is fed: {assumed}"
-            + ("" if like else "; --mean and --std say it, or a copy of the original's .json under that name")
-        )
-    if "sha256" in checkpoint.metadata and not checkpoint.is_as_converted:
-        notes.add(
-            f"{path} has changed since {described_in.name} was written (fine-tuned?): its SHA-256 differs"
-        )
-    return checkpoint
-
-
-def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Predictions]:
-    """Return the function that predicts all images as the command line says: `(checkpoint, name, fold)`."""
-    import torch
-
-    from models.evaluation import inference
-
-    device = inference.choose_device(options.device, options.dtype)
-    suitable = inference.batches_for(device)
-    batch_size, workers = options.batch_size or suitable[0], options.workers or suitable[1]
-
-    def predict(checkpoint: Checkpoint, name: str, fold: bool = False) -> Predictions:
-        model = inference.prepare(checkpoint.model, device, getattr(torch, options.dtype), fold)
-        scaling, path = checkpoint.scaling, checkpoint.path
-        found = inference.measure(model, dataset, scaling, name, batch_size, workers, path)
-        ran = {"device": device.type, "dtype": options.dtype, "batch_norm_folded": fold}
-        size = inference.network_size(checkpoint.model, dataset.images.shape[1:])
-        return replace(found, throughput={**found.throughput, **ran}, network=size)
-
-    return predict
 
 
 def predict_folded(
@@ -256,18 +196,25 @@ def parse_arguments() -> argparse.Namespace:
         return value
 
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", nargs="?", type=a_file, help="a .pt file (checkpoints/resnet8.pt)")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="*",
+        type=a_file,
+        help="CHECKPOINT (checkpoints/resnet8.pt), and files to compare it with: "
+        ".pt, .safetensors, .onnx, .tflite, .pt2",
+    )
     add = parser.add_argument_group("images").add_argument
     add("--data-dir", metavar="DIR", type=Path, help="where CIFAR-10 is (data)")
     add("--data", choices=PARTS, default="auto", help="the test set, 1,000 of it, MLPerf Tiny's 200 or 500")
     add("--download", action="store_true", help="download the test set into --data-dir if it is not there")
-    add_scaling(parser.add_argument_group("what CHECKPOINT is fed, if its .json does not say"), "CHECKPOINT")
+    group = parser.add_argument_group("what the files do not say")
+    add_scaling(group, "CHECKPOINT")
+    add_key(group)
     group = parser.add_argument_group("what it is compared with")
     add = group.add_argument
-    add("--compare", metavar="OTHER.pt", type=a_file, nargs="+", default=[], help="evaluate these beside it")
-    add(
-        "--keras", metavar="KERAS_FILE", type=a_file, help="the baseline (the file that CHECKPOINT came from)"
-    )
+    add("--compare", metavar="OTHER", type=a_file, nargs="+", default=[], help="more FILEs, after the others")
+    add("--keras", metavar="KERAS_FILE", type=a_file, help="the baseline (what CHECKPOINT came from)")
     add("--no-keras", action="store_true", help="no baseline")
     add_keras_python(group)
     add = parser.add_argument_group("how it is computed").add_argument
@@ -281,14 +228,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--per-class", action="store_true", help="accuracy per class, however many models there are")
     add("--min-accuracy", metavar="A", type=fraction, help="exit with status 3 below this fraction")
     add("--max-drop", metavar="D", type=fraction, help="and if further below Keras, or else CHECKPOINT")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
+    options.checkpoint, *others = options.files or [beside_the_scripts("checkpoints/resnet8.pt")]
+    options.is_default, options.compare = not options.files, others + options.compare
     check_scaling(parser, options)
     if options.keras and options.no_keras:
         parser.error("--keras and --no-keras exclude each other")
     if options.max_drop is not None and options.no_keras and not options.compare:
         parser.error("--max-drop needs a Keras baseline or a --compare to measure a drop by")
-    options.is_default = options.checkpoint is None
-    options.checkpoint = options.checkpoint or beside_the_scripts("checkpoints/resnet8.pt")
     if options.data_dir and options.data == "auto":
         options.data = "full"  # a folder that was named and does not hold it is a mistake
     options.data_dir = options.data_dir or beside_the_scripts("data")

@@ -20,13 +20,13 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
     Raises OSError for what is no regular file, since a pipe or a device may never end. For the same reason no
     more is read than the file says that it holds: those of /proc say nothing.
     """
-    _check_regular(path)
+    check_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         return file.read(size if limit is None else min(size, limit))
 
 
-def _check_regular(path: Path) -> None:
+def check_regular(path: Path) -> None:
     """Raise OSError where a path leads to neither a file nor a folder; a folder has an error of its own."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -89,7 +89,7 @@ def check_writable(paths: Iterable[Path]) -> None:
         if target.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         if target.exists():
-            _check_regular(path)  # a file in the place of /dev/null would be the end of it
+            check_regular(path)  # a file in the place of /dev/null would be the end of it
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         if not os.access(folder, os.W_OK | os.X_OK):

@@ -26,7 +26,7 @@ class Checkpoint:
     """A network, what it is to be fed, and what `convert.py` wrote about it."""
 
     path: Path
-    model: ResNet8
+    model: ResNet8  # or, of another format, `evaluation/runtimes.py`'s Runtime
     sha256: str
     scaling: Scaling
     metadata: dict  # of the JSON file beside it; {} if there is none
@@ -60,6 +60,11 @@ class Checkpoint:
         missing = f"{self.path.with_suffix('.json').name} does not say it; assumed: {', '.join(assumed)}"
         return read_as + ([missing] if assumed else [])
 
+    @property
+    def bn_eps(self) -> float:
+        """BatchNorm's epsilon, as `read_checkpoint` takes it from the JSON."""
+        return self.metadata.get("architecture", {}).get("bn_eps", 1e-3)
+
     def fed(self, mean: list[float] | None, std: list[float] | None) -> Checkpoint:
         """Return it with what is given (a value, or one a channel) in the place of what the JSON says."""
         given = {name: values for name, values in (("mean", mean), ("std", std)) if values}
@@ -78,12 +83,12 @@ class Checkpoint:
         return self.metadata.get("source", {}).get("sha256")
 
 
-def read_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+def read_checkpoint(path: Path, dtype: torch.dtype = torch.float32, key: str | None = None) -> Checkpoint:
     """Return a `convert.py` checkpoint: the network, in eval mode, and what the JSON beside it says.
 
-    Raises OSError and ValueError as `read_network` does.
+    `key` names one of several state_dicts in the file. Raises OSError and ValueError as `read_network` does.
     """
-    model, metadata, read_as = read_network(ResNet8, path, dtype)
+    model, metadata, read_as = read_network(ResNet8, path, dtype, key)
     return Checkpoint(path, model, sha256_of(path), model.scaling, metadata, read_as)
 
 

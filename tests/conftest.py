@@ -44,6 +44,7 @@ TOGETHER = {  # how the names of tests begin that share what is made in seconds 
     "tests/test_evaluate.py": "converted",
     "tests/evaluation/test_baseline.py": "converted",
     "tests/evaluation/test_results.py": "converted",
+    "tests/evaluation/test_runtimes.py": "converted",
 }
 
 

@@ -1,6 +1,6 @@
 """Damages Keras files in every way and sees to it that each is converted, or refused in one line.
 
-    python -m tests.fuzz [--kind keras|pt|json|npz|cifar] [--count N] [--seed S] [--files DIR] [--keep DIR]
+    python -m tests.fuzz [--kind KIND] [--count N] [--seed S] [--files DIR] [--keep DIR]
 
 Other kinds of files are damaged by `tests/fuzz_others.py`, and read or refused. Keras files:
 The first DIR is what `tests.keras_files.writer` has written (it is called if there is none); how files are
@@ -33,6 +33,7 @@ SOURCES = """
     tf_keras/plain.h5 tf_keras/plain.keras tf_keras/plain.weights.h5 tf_keras/plain.legacy.h5
     tf_keras/nested_stages.keras tf_keras/normalization_adapted.h5 tf_keras/compiled.h5
 """.split()
+KINDS = ("keras", "pt", "json", "npz", "cifar", "safetensors", "onnx", "tflite", "pt2")
 SLOW = 30  # seconds; no file comes near it unless something hangs
 
 
@@ -106,7 +107,7 @@ def run(files: Path, count: int, seed: int, keep: Path | None = None) -> tuple[C
 def main() -> int:
     """Run it and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--kind", choices=("keras", "pt", "json", "npz", "cifar"), default="keras")
+    parser.add_argument("--kind", choices=KINDS, default="keras")
     parser.add_argument("--files", type=Path, help="a folder that tests.keras_files.writer has written")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
-"""Damages every other kind of file that is read: `.pt`, its JSON, the kept Keras answers, CIFAR-10.
+"""Damages all other files that are read: `.pt`, its JSON, the kept Keras answers, CIFAR-10, other formats.
 
-`python -m tests.fuzz --kind pt|json|npz|cifar` calls it. Each file ends read whole or refused in one line,
+`python -m tests.fuzz --kind KIND` calls it. Each file ends read whole or refused in one line,
 and nothing is written; the process may take no more than MEMORY beyond what it had.
 """
 
@@ -25,8 +25,10 @@ from data import cifar10
 from data.cifar10 import CLASS_NAMES, RECORD_BYTES, DataError, load_test
 from evaluate import load_checkpoint
 from models.evaluation.baseline import log_softmax, read_answers
+from models.keras.worker import Worker
 from models.resnet8 import ResNet8
 from tests.keras_files.damage import BYTES, edit_json
+from tests.runtime_files import write_exported, write_onnx, write_tflite
 
 MEMORY = 2 * 2**30  # bytes of address space
 SLOW = 10  # seconds
@@ -215,7 +217,80 @@ def fuzz_cifar(folder: Path) -> tuple[Callable, Callable]:
     return damage, read
 
 
-KINDS = {"pt": fuzz_pt, "json": fuzz_json, "npz": fuzz_npz, "cifar": fuzz_cifar}
+def fuzz_safetensors(folder: Path) -> tuple[Callable, Callable]:
+    """A safetensors file with its scaling: a network of finite weights, or a refusal."""
+    from safetensors.torch import save
+
+    said = {"input": json.dumps(METADATA["input"])}
+    source, dataset = save(ResNet8().state_dict(), said), load_test(folder / "none", "sample")
+    header = int.from_bytes(source[:8], "little")
+
+    def damage(rng: random.Random) -> tuple[str, bytes]:
+        if rng.random() < 0.5:
+            return damage_bytes(source, rng)
+        edited = edit_json(source[8 : 8 + header].decode(), rng).encode()
+        return "edit_json", len(edited).to_bytes(8, "little") + edited + source[8 + header :]
+
+    def read(content: bytes) -> None:
+        (folder / "model.safetensors").write_bytes(content)
+        model = load_checkpoint(folder / "model.safetensors", dataset, Silent()).model
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values()), "not finite"
+
+    return damage, read
+
+
+def fuzz_runtime(write: Callable, *variants: dict) -> Callable[[Path], tuple[Callable, Callable]]:
+    """A network of another format, run by its library: outputs of ten classes, or a refusal."""
+
+    def fuzz(folder: Path) -> tuple[Callable, Callable]:
+        sources = [write(folder / "source", **variant).read_bytes() for variant in variants]
+        dataset, worker = load_test(folder / "none", "sample"), Worker("models.evaluation.runner")
+
+        def damage(rng: random.Random) -> tuple[str, bytes]:
+            source = rng.choice(sources)
+            if source.startswith(b"PK") and rng.random() < 0.7:
+                return damage_graph(source, rng) if rng.random() < 0.7 else damage_records(source, rng)
+            ends = rng.choice([0, 0, min(3000, len(source))])  # where the graph is, not the weights
+            if not ends:
+                return damage_bytes(source, rng)
+            start, end = source[:ends], source[-ends:]
+            kind, part = damage_bytes(start, rng)
+            if rng.random() < 0.5:
+                return f"{kind} at its start", part + source[ends:]
+            kind, part = damage_bytes(end, rng)
+            return f"{kind} at its end", source[:-ends] + part
+
+        def read(content: bytes) -> None:
+            (folder / "model").write_bytes(content)
+            model = load_checkpoint(folder / "model", dataset, Silent(), runner=worker).model
+            assert model(dataset.images[:3].astype(np.float32)).shape == (3, 10)
+
+        return damage, read
+
+    return fuzz
+
+
+def damage_graph(content: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Change the JSON of a network that torch.export wrote, or of its weights."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w") as target:
+        chosen = rng.choice([name for name in source.namelist() if name.endswith(".json")])
+        for name in source.namelist():
+            record = source.read(name)
+            target.writestr(name, edit_json(record.decode(), rng) if name == chosen else record)
+    return f"edit_json of {chosen.rpartition('/')[2]}", buffer.getvalue()
+
+
+KINDS = {
+    "pt": fuzz_pt,
+    "json": fuzz_json,
+    "npz": fuzz_npz,
+    "cifar": fuzz_cifar,
+    "safetensors": fuzz_safetensors,
+    "onnx": fuzz_runtime(write_onnx, {}, {"quantized": True, "dtype": "int8"}),
+    "tflite": fuzz_runtime(write_tflite, {}, {"dtype": "uint8", "softmax": True}),
+    "pt2": fuzz_runtime(write_exported, {}, {"softmax": True, "decompose": True}),
+}
 
 
 def run(kind: str, count: int, seed: int) -> tuple[Counter, list[str]]:

@@ -88,6 +88,20 @@ def test_near_chance_names_the_scaling(tmp_path):
     assert "input scaling" in hint and "convert.py" in hint and "--std" in hint and "255.0" in hint
 
 
+def test_options_may_stand_before_between_and_after_the_files(tmp_path):
+    """As a shell leaves it: `evaluate.py --no-keras runs/*.pt --dtype float64`."""
+    for name in "abc":
+        save(random_model(), tmp_path / f"{name}.pt", input=scaling(120.0, 64.0))
+    for arguments in (
+        ["--no-keras", "a.pt", "b.pt", "c.pt"],
+        ["a.pt", "--no-keras", "b.pt", "--workers", "1", "c.pt"],
+        ["a.pt", "--compare", "c.pt", "--no-keras", "b.pt"],
+    ):
+        _, metrics = evaluated(*arguments, cwd=tmp_path)
+        compared = [each["checkpoint"] for each in metrics["compared"]]
+        assert (metrics["checkpoint"], compared) == ("a.pt", ["b.pt", "c.pt"])
+
+
 def test_checkpoint_without_json(tmp_path):
     save(random_model(), tmp_path / "model.pt")
     stdout, _ = evaluated("model.pt", cwd=tmp_path)
@@ -114,7 +128,6 @@ def test_dtype(tmp_path, dtype):
         ["--workers", "two"],
         ["--dtype", "float16"],
         ["--keras", "a.h5", "--no-keras"],
-        ["a.pt", "b.pt"],
     ],
     ids=" ".join,
 )
@@ -158,10 +171,6 @@ def traced(model, path):
         torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, 32, 32)), path)
 
 
-def exported(model, path):
-    torch.export.save(torch.export.export(model, (torch.zeros(1, 3, 32, 32),)), path)
-
-
 def compressed(model, path):
     """A gigabyte of zeros in a megabyte, as torch writes none."""
     save(model, path)
@@ -195,18 +204,17 @@ HOSTILE = {
         "code or",
     ),
     "TorchScript": (traced, "a TorchScript archive"),
-    "torch.export": (exported, "a torch.export archive"),
     "compressed records": (compressed, "compressed records"),
     "whole module": (lambda model, path: torch.save(model, path), "code or objects"),
     "other model": (lambda _, path: save(torch.nn.Linear(2, 2), path), "not a ResNet8's state_dict"),
-    "wrapped twice": (
-        lambda model, path: torch.save({"net": {"state_dict": model.state_dict()}}, path),
+    "wrapped too deep": (
+        lambda model, path: torch.save({"a": {"b": {"c": {"d": model.state_dict()}}}}, path),
         "tensors by name",
     ),
     "list": (lambda _, path: torch.save([1], path), "expected a state_dict"),
     "cut": (cut, "damaged"),
     "empty": (lambda _, path: path.write_bytes(b""), "damaged"),
-    "text": (lambda _, path: path.write_text("hello\n" * 99), "damaged"),
+    "text": (lambda _, path: path.write_text("hello\n" * 99), "is a text file, not a state_dict"),
     "folder": (lambda _, path: path.mkdir(), "Is a directory"),
     "missing": (lambda _, path: None, "No such file"),
     "extra tensor": (changed("extra", torch.zeros(2)), '"extra"'),
@@ -306,7 +314,9 @@ def test_other_errors_get_one_line(tmp_path):
     save(random_model(), tmp_path / "model.pt", input=scaling(0.0, 1.0))
     assert "nowhere.h5: No such file" in refused("model.pt", "--keras", "nowhere.h5", cwd=tmp_path)
     (tmp_path / "noise.h5").write_bytes(b"noise")
-    assert "noise.h5: neither an HDF5 file" in refused("model.pt", "--keras", "noise.h5", cwd=tmp_path)
+    assert "noise.h5: is a text file, neither an HDF5 file" in refused(
+        "model.pt", "--keras", "noise.h5", cwd=tmp_path
+    )
     assert "--compare" not in refused("model.pt", "--compare", "other.pt", cwd=tmp_path)
     if not torch.cuda.is_available():
         assert "--device cuda" in refused("model.pt", "--device", "cuda", cwd=tmp_path)

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     ),
     "models/keras": "models/mapping.py models/scaling.py models/common data",
     "models/files": "models/scaling.py models/common data/files.py",
-    "models/common": "",
+    "models/common": "data/files.py",
     "data": "",
 }
 MAY_IMPORT = {room: others.split() for room, others in MAY_IMPORT.items()}

@@ -1,5 +1,6 @@
 """models/files/state_dict.py: what training loops make of a state_dict is undone, with one note."""
 
+import argparse
 import copy
 import warnings
 
@@ -13,7 +14,7 @@ from models.checkpoint import read_checkpoint, save_checkpoint, write_checkpoint
 from models.common.errors import OutputExistsError
 from models.resnet8 import ResNet8
 from models.scaling import Scaling
-from tests.evaluating import evaluated, random_model, save, scaling
+from tests.evaluating import evaluated, random_model, refused, save, scaling
 
 
 def lightning(model):
@@ -30,6 +31,10 @@ def loop(model):
         "optimizer_state_dict": optimizer.state_dict(),
         "loss": 0.1,
     }
+
+
+def prefixed(prefix, model):
+    return {f"{prefix}{name}": value for name, value in model.state_dict().items()}
 
 
 def pruned(model):
@@ -59,13 +64,32 @@ WAYS = {  # how it is saved -> what the note says
     "bfloat16": (lambda model: copy.deepcopy(model).bfloat16().state_dict(), "bfloat16 weights as float32"),
     "float64": (lambda model: copy.deepcopy(model).double().state_dict(), "float64 weights as float32"),
     "pruned": (pruned, "pruned weights times their masks"),
+    "under net": (lambda model: {"net": model.state_dict(), "best": 0.9}, "under 'net'"),
+    "as net": (lambda model: prefixed("net.", model), "without 'net.'"),
+    "compiled in a module": (
+        lambda model: {"net": prefixed("module.backbone.net.", model)},
+        "under 'net', without 'module.', without 'backbone.net.'",
+    ),
+    "deep": (lambda model: {"a": {"b": {"ema": model.state_dict()}}}, "under 'a', under 'b', under 'ema'"),
+    "pruned in a loop": (
+        lambda model: {"weights": pruned(model)},
+        "under 'weights', pruned weights times their masks",
+    ),
+    "twice the same": (
+        lambda model: dict.fromkeys(["model", "net"], model.state_dict()),
+        "under 'model'",
+    ),
+    "beside another network's": (
+        lambda model: {"teacher": nn.Linear(2, 2).state_dict(), "student": model.state_dict()},
+        "under 'student'",
+    ),
 }
 ROUNDED = {"float16": 0.01, "bfloat16": 0.1}  # how far a weight may be from what it was
 
 
 def rightly_saved(way, model):
     """Return the state_dict that a way of saving stands for."""
-    if way != "pruned":
+    if not way.startswith("pruned"):
         return model.state_dict()
     model = copy.deepcopy(model)
     for module in (model.conv1, model.layer3.conv2, model.fc):
@@ -139,6 +163,14 @@ def mask_alone(model):
     return {**model.state_dict(), "conv1.weight_mask": torch.ones(16, 3, 3, 3)}
 
 
+def averaged(model):
+    """What timm's and many other loops save: the weights, and their moving average."""
+    slow = copy.deepcopy(model)
+    with torch.no_grad():
+        slow.fc.bias += 1
+    return {"model": model.state_dict(), "ema": slow.state_dict(), "epoch": 1}
+
+
 class Hyperparameters:
     """What a training loop may save of its own: an object."""
 
@@ -161,7 +193,20 @@ HOW = "torch.save(model.state_dict(), ...)"
 REFUSED = {  # what is saved -> words that say what it is, and how to save it instead
     "an object beside it": (
         lambda model: {"state_dict": model.state_dict(), "hparams": Hyperparameters()},
-        ["code or objects", HOW],
+        ["code or objects", "Hyperparameters", HOW],
+    ),
+    "the command line beside it": (
+        lambda model: {"model": model.state_dict(), "args": argparse.Namespace(lr=0.1)},
+        ["code or objects, which are not loaded: argparse.Namespace", HOW],
+    ),
+    "several": (averaged, ["holds several state_dicts, 'model', 'ema': --key NAME takes one"]),
+    "another network under its key": (
+        lambda model: {"net": nn.Linear(2, 2).state_dict()},
+        ["'net' is a OrderedDict", "or one of this network under any key", HOW],
+    ),
+    "too deep": (
+        lambda model: {"a": {"b": {"c": {"d": model.state_dict()}}}},
+        ["'a' is a dict", HOW],
     ),
     "a mask alone": (mask_alone, ["conv1.weight_mask has no conv1.weight_orig"]),
     "float8": (with_tensor("fc.weight", float8), ["fc.weight is torch.float8_e4m3fn, expected float32"]),
@@ -183,10 +228,6 @@ REFUSED = {  # what is saved -> words that say what it is, and how to save it in
         ["fc.weight is torch.int8", "from evaluate import score"],
     ),
     "quantized tensor": (packed, ["fc.weight is quantized", "from evaluate import score"]),
-    "under another key": (
-        lambda model: {"net": model.state_dict()},
-        ["'net' is a", "or one under 'state_dict', 'model_state_dict', 'model'", HOW],
-    ),
     "beside a loss's weights": (
         lambda model: {
             "criterion.weight": torch.ones(10),
@@ -213,6 +254,32 @@ def test_what_is_refused_says_what_it_is(tmp_path, name):
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'model.pt'}: ") and len(message.splitlines()) == 1
     assert all(word in message for word in words), message
+
+
+def test_key_takes_one_of_several(tmp_path):
+    """In evaluate.py for every file that holds several; a plain state_dict has no keys, and needs none."""
+    model = random_model()
+    torch.save(averaged(model), tmp_path / "run.pt")
+    save(model, tmp_path / "plain.pt", input=scaling(120.0, 64.0))
+    taken = {key: read_checkpoint(tmp_path / "run.pt", key=key) for key in ("model", "ema")}
+    difference = taken["ema"].model.fc.bias - taken["model"].model.fc.bias
+    assert torch.allclose(difference, torch.ones(10))
+    assert taken["ema"].read_as == "run.pt is read as a state_dict: under 'ema'"
+    with pytest.raises(ValueError, match=r"--key best: .* those in the file: 'model', 'ema'"):
+        read_checkpoint(tmp_path / "run.pt", key="best")
+    files = ("plain.pt", "--no-keras", "--compare", "run.pt")
+    assert "--key NAME takes one" in refused(*files, cwd=tmp_path)
+    stdout, metrics = evaluated(*files, "--key", "model", cwd=tmp_path)
+    assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
+    assert "note: run.pt is read as a state_dict: under 'model'\n" in stdout
+    _, metrics = evaluated(*files, "--key", "ema", cwd=tmp_path)
+    assert metrics["pairs"][0]["max_abs_probability_difference"] > 0
+
+
+def test_a_key_that_is_not_there_takes_no_other(tmp_path):
+    torch.save({"model": random_model().state_dict(), "ema": {}}, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"--key ema: .* those in the file: 'model'"):
+        read_checkpoint(tmp_path / "run.pt", key="ema")
 
 
 def test_a_fine_tuned_network_is_saved_with_what_is_known_of_it(tmp_path):

@@ -93,6 +93,11 @@ def add_scaling(parser: argparse._ActionsContainer, model: str) -> None:
     parser.add_argument("--std", type=float, nargs="+", help="pixels 0 to 255; one value, or one a channel")
 
 
+def add_key(parser: argparse._ActionsContainer) -> None:
+    """Add --key, which names one of several state_dicts."""
+    parser.add_argument("--key", metavar="NAME", help="which state_dict of a .pt that holds several, by name")
+
+
 def check_scaling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Exit with status 2 when --mean and --std make no sense."""
     if options.std and not all(value > 0 for value in options.std):

@@ -107,7 +107,7 @@ def keras_predictions(
     it, or beside the checkpoint, where its folder cannot be written. `python` is the program that runs Keras.
     Raises KerasFileError, ValueError or WorkerError with one line.
     """
-    sha256, bn_eps = sha256_of(keras_file), checkpoint.model.bn1.eps  # weights alone do not say it
+    sha256, bn_eps = sha256_of(keras_file), checkpoint.bn_eps  # weights alone do not say it
     # what `convert.py` says of a Keras file that it wrote, or else of the file that it read
     scaling = checkpoint.keras_scaling.updated(written_metadata(keras_file, sha256).get("input", {}))
     key = {"keras": sha256, "images": dataset.sha256, **asdict(scaling), "bn_eps": bn_eps}

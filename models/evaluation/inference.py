@@ -15,6 +15,7 @@ from data.cifar10 import CLASS_NAMES, Dataset
 from models.common.terminal import progress_bar
 from models.common.tuning import torch_threads
 from models.equivalents import fold_batch_norm
+from models.evaluation.baseline import log_softmax
 from models.evaluation.metrics import Predictions
 from models.resnet8 import ResNet8
 from models.scaling import Scaling
@@ -127,6 +128,13 @@ def predict(
     return torch.cat(logits).cpu().double().numpy()
 
 
+def sparsity(model: nn.Module) -> float:
+    """Return which part of the weights of convolutions and linear layers is 0."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    weights = torch.cat([layer.weight.detach().flatten() for layer in layers])
+    return (weights == 0).double().mean().item()
+
+
 def measure(
     network: Callable[[Tensor], Tensor | np.ndarray],
     dataset: Dataset,
@@ -135,11 +143,13 @@ def measure(
     batch_size: int,
     workers: int,
     path: Path | None,
+    finish: Callable[[np.ndarray], np.ndarray] = log_softmax,
 ) -> Predictions:
     """Return what a network makes of a data set, and how long that took.
 
     `network` is what `predict` takes, `workers` threads call it at a time; `path` is the file that it is of,
-    if any. Raises ValueError when it is in train mode, or its outputs are none, NaN or infinite.
+    if any. `finish` makes (N, classes) log-probabilities of all outputs; without it they are logits. Raises
+    ValueError when it is in train mode, or its outputs are none, NaN or infinite.
     """
     modules = network.modules() if isinstance(network, nn.Module) else ()
     if any(isinstance(module, nn.BatchNorm2d) and module.training for module in modules):
@@ -157,5 +167,4 @@ def measure(
         "batch_size": batch_size,
         "workers": workers,
     }
-    log_probabilities = torch.from_numpy(logits).log_softmax(dim=1).numpy()
-    return Predictions(name, path, log_probabilities, dataset.labels, scaling, throughput)
+    return Predictions(name, path, finish(logits), dataset.labels, scaling, throughput)

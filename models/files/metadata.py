@@ -6,33 +6,26 @@ Both are written whole or not at all; the JSON is read with every value seen to 
 from __future__ import annotations
 
 import json
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
 from data.files import check_writable, read_regular, sha256_of, write_files
 from models.common.errors import OutputExistsError
+from models.common.kinds import Kind, kind_of
 from models.scaling import LARGEST
 
 KERAS_SUFFIXES = (".h5", ".keras")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")
-HDF5 = b"\x89HDF\r\n\x1a\n"  # how its files begin
 
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether a file is PyTorch's, as its content tells, or its name where the content does not."""
-    start = b""
     with suppress(OSError):
-        start = read_regular(path, len(HDF5))
-    if start == HDF5:
-        return False
-    if start.startswith(b"PK"):
-        with suppress(Exception):  # whatever the damage leads to
-            names = zipfile.ZipFile(path).namelist()
-            if any(name.endswith("/data.pkl") for name in names):
-                return True
-            if {"config.json", "metadata.json"} & set(names):
-                return False
+        kind = kind_of(path)
+        if kind in (Kind.HDF5, Kind.KERAS):
+            return False
+        if kind in (Kind.TORCH, Kind.TORCHSCRIPT, Kind.SAFETENSORS):
+            return True
     return path.suffix in CHECKPOINT_SUFFIXES
 
 
@@ -168,6 +161,12 @@ def read_metadata(described: Path) -> dict:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    check_metadata(path, metadata)
+    return metadata
+
+
+def check_metadata(path: Path, metadata: object) -> None:
+    """Make floats of what `metadata`, the JSON in `path`, says of a scaling. Raises ValueError as above."""
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: holds a JSON {type(metadata).__name__}, expected an object")
     for name, expected in _METADATA.items():
@@ -179,4 +178,3 @@ def read_metadata(described: Path) -> dict:
             raise ValueError(f"{path}: {name} is {json.dumps(group[key])[:60]}, expected {expected}")
         if key in group and expected.startswith("a list of numbers"):
             group[key] = [float(value) for value in group[key]]
-    return metadata

@@ -14,7 +14,8 @@ import zipfile
 from typing import TYPE_CHECKING
 
 from models.common.errors import KerasFileError
-from models.keras.file import FLOATS, MAX_FILE_BYTES, TRAINING_LAYERS
+from models.common.kinds import Kind, kind_of_content, refusal
+from models.keras.file import FLOATS, MAX_FILE_BYTES, NO_KERAS_FILE, TRAINING_LAYERS
 
 if TYPE_CHECKING:
     import h5py
@@ -51,16 +52,17 @@ def open_container(content: bytes) -> tuple[h5py.Group, dict | None, str | None,
     The configuration is None when the file has only weights. Raises KerasFileError when the content is no
     Keras file, keeps data outside itself, or declares more than it can hold.
     """
-    if content.startswith(b"\x89HDF\r\n\x1a\n"):
+    found = kind_of_content(io.BytesIO(content))
+    if found is Kind.HDF5:
         file, config, version, kind = open_hdf5(content)
-    elif content.startswith(b"PK\x03\x04"):
+    elif found in (Kind.KERAS, Kind.ZIP):
         file, config, version, kind = open_archive(content)
-    elif not content:
+    elif found is Kind.EMPTY:
         raise KerasFileError("is empty")
-    elif content.startswith(b"version https://git-lfs"):
-        raise KerasFileError("is a Git LFS pointer, not the model itself: run 'git lfs pull'")
+    elif found is Kind.UNKNOWN:
+        raise KerasFileError(NO_KERAS_FILE)
     else:
-        raise KerasFileError("neither an HDF5 file nor a .keras archive")
+        raise KerasFileError(refusal(found, NO_KERAS_FILE))
     return file if config is None else file.get("model_weights", file), config, version, kind
 
 

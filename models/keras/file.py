@@ -16,10 +16,12 @@ import numpy as np
 
 from data.files import read_regular
 from models.common.errors import KerasFileError
+from models.common.kinds import Kind, kind_of, refusal
 from models.keras.worker import Worker, WorkerError
 
 # What is read at most. A ResNet8 of width 256 has 20 million parameters: 80 MB, and its optimizer's state.
 MAX_FILE_BYTES = 256 * 2**20
+NO_KERAS_FILE = "neither an HDF5 file nor a .keras archive"
 MAX_SECONDS = 15  # damage can make the HDF5 library loop for ever
 
 # Layers that do nothing at inference.
@@ -134,6 +136,8 @@ def read_keras_file(path: Path, reader: Worker) -> KerasFile:
     is not what it should be.
     """
     try:
+        if kind_of(path) is Kind.SAVED_MODEL:
+            raise KerasFileError(refusal(Kind.SAVED_MODEL, NO_KERAS_FILE))
         content = read_regular(path, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise KerasFileError(f"cannot be read: {error.strerror}") from None
