@@ -212,6 +212,16 @@ def test_refuses_what_computes_something_else(keras_files, refusal, name, suffix
     assert "damaged" not in message and "Error" not in message, message
 
 
+def test_another_network_is_told_that_first(keras_files, refusal):
+    """And a ResNet8 with one odd layer is told of that layer."""
+    for name in ("perceptron", "depthwise_separable", "two_stages"):
+        message = refusal(keras_files / "keras" / "refused" / f"{name}.keras")
+        assert message.startswith(
+            "not a ResNet8, which has 9 Conv2D, 1 Dense, 7 BatchNormalization; here are "
+        )
+    assert refusal(keras_files / "keras" / "refused" / "conv_tanh.keras").startswith("layer 'odd' (Conv2D): ")
+
+
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", WEIGHTS_ALONE_REFUSED)
 def test_refuses_weights_alone_of_another_network(keras_files, refusal, name, writer):
