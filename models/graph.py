@@ -79,3 +79,15 @@ INPUT_SCALING = {  # the layers that may stand between the input and conv1, one 
     "Rescaling": {},
     "Normalization": {"axis": [-1, 3, [-1], [3], None, []], "invert": [False]},
 }
+
+# Which model it is, where that can be told. MLPerf Tiny's image classification models are all this network:
+# IC01, since April 2026 beside IC02, and for some weeks another in the place of IC01. Source: mlcommons/tiny,
+# benchmark/training/image_classification/trained_models/
+KNOWN_FILES = {  # by SHA-256; this is pretrainedResnet.h5
+    "5f938a8eea605438cc7360aa13c987bc6d7bd0c8d931b2917361ae7ae4eeda2f": "MLPerf Tiny IC01",
+}
+KNOWN_WIDTHS = {  # for 10 classes of 32 x 32 images in 3 channels: whose shape it is; multiply-accumulates
+    16: ("MLPerf Tiny IC01", 12_501_632),
+    26: ("pretrainedResnet.h5 for some weeks of 2026", 32_562_192),
+    40: ("MLPerf Tiny IC02", 76_473_920),
+}

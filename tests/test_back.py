@@ -150,7 +150,7 @@ def test_verified_conversion(checkpoint, command, monkeypatch):
     assert stages == ["layers", "shapes", "parameters", "numbers"]
     assert "note:" not in out
     assert "  shapes      passed  48 tensors, bit for bit the checkpoint's" in lines
-    assert re.search(r"^ *fc/kernel +\(16, 7\) +\(1, 0\) +fc\.weight +\(7, 16\) *$", out, re.MULTILINE)
+    assert re.search(r"^  fc -> fc\n    kernel +\(16, 7\) +\(1, 0\) +weight +\(7, 16\)$", out, re.MULTILINE)
     assert lines[-3:] == [
         "  the Keras model is fed (pixel - mean) / std, pixels 0 to 255,",
         "  mean 120, 120, 120, 120; std 64, 64, 64, 64",

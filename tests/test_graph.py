@@ -5,6 +5,7 @@ import operator
 import random
 import re
 import shutil
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from convert import convert_file
-from models.graph import GRAPH
+from models.conversion.stages import print_known
+from models.graph import GRAPH, KNOWN_FILES, KNOWN_WIDTHS
 from models.keras.file import read_keras_file
 from models.resnet8 import BasicBlock, ResNet8
 from tests.conftest import ROOT
@@ -95,6 +97,64 @@ def test_a_network_without_one_of_its_relus_is_another(monkeypatch):
     found = traced_edges(ResNet8())
     assert expected.keys() - found.keys() == {f"layer{number}.relu2" for number in (1, 2, 3)}
     assert found["avgpool"] == ["layer3.add"]
+
+
+# Which model it is
+
+
+@pytest.mark.parametrize("width", KNOWN_WIDTHS)
+def test_known_multiply_accumulates(width):
+    counted = []
+    model = ResNet8(width=width).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(
+                lambda module, _, output: counted.append(output[0].numel() * module.weight[0].numel())
+            )
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 32, 32))
+    assert sum(counted) == KNOWN_WIDTHS[width][1]
+
+
+KNOWN = {  # (SHA-256, network, image size) -> what is said of it
+    (
+        "other",
+        (10, 16, 3),
+        (32, 32),
+    ): "  width 16: the shape of MLPerf Tiny IC01; 12.5 M multiply-accumulates\n",
+    (
+        "other",
+        (10, 40, 3),
+        (32, 32),
+    ): "  width 40: the shape of MLPerf Tiny IC02; 76.5 M multiply-accumulates\n",
+    (
+        "other",
+        (10, 26, 3),
+        (32, 32),
+    ): "  width 26: the shape of pretrainedResnet.h5 for some weeks of 2026; 32.6 M multiply-accumulates\n",
+    (*KNOWN_FILES, (10, 16, 3), (32, 32)): "  MLPerf Tiny IC01; 12.5 M multiply-accumulates\n",
+    ("other", (10, 17, 3), (32, 32)): "",
+    ("other", (100, 16, 3), (32, 32)): "",
+    ("other", (10, 16, 1), (32, 32)): "",
+    ("other", (10, 16, 3), (64, 64)): "",
+    ("other", (10, 16, 3), (None, None)): "",
+}
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_which_model_it_is(capsys, known):
+    sha256, network, size = known
+    with torch.device("meta"):
+        print_known(SimpleNamespace(sha256=sha256, input_shape=[*size, network[2]]), ResNet8(*network))
+    assert capsys.readouterr().out == KNOWN[known]
+
+
+def test_which_file_it_is(reader, tmp_path, capsys):
+    if not SHARED_FILE.exists():
+        pytest.skip(f"{SHARED_FILE} is not there")
+    convert_file(SHARED_FILE, tmp_path / "model.pt", reader)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": Keras 2.4.0 .h5 whole model") and lines[1].startswith("  MLPerf Tiny IC01; ")
 
 
 # The graph, not the order or the names
@@ -210,6 +270,16 @@ def test_refuses_what_computes_something_else(keras_files, refusal, name, suffix
     missing = [word for word in REFUSED[name][1].lower().split() if not any(word in found for found in words)]
     assert not missing, f"{missing} not in: {message}"
     assert "damaged" not in message and "Error" not in message, message
+
+
+def test_another_network_is_told_that_first(keras_files, refusal):
+    """And a ResNet8 with one odd layer is told of that layer."""
+    for name in ("perceptron", "depthwise_separable", "two_stages"):
+        message = refusal(keras_files / "keras" / "refused" / f"{name}.keras")
+        assert message.startswith(
+            "not a ResNet8, which has 9 Conv2D, 1 Dense, 7 BatchNormalization; here are "
+        )
+    assert refusal(keras_files / "keras" / "refused" / "conv_tanh.keras").startswith("layer 'odd' (Conv2D): ")
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -3,17 +3,42 @@
 The table of places is GRAPH in `models/graph.py`.
 """
 
+from collections import Counter
+from collections.abc import Iterable
+
 from models.common.errors import KerasFileError
 from models.graph import GRAPH, INPUT_SCALING, SOFTMAX
 from models.keras.file import KerasFile, Layer
+from models.mapping import MAPPING
 
 
 def match_graph(file: KerasFile) -> dict[str, Layer]:
     """Return the file's layer for each row of GRAPH, for "input", and for "softmax" if there is one.
 
     "input" is what conv1 reads: the InputLayer, or the last of the Rescaling and Normalization layers on it.
-    Raises KerasFileError, naming the layer, what it is and what was expected, for anything but a ResNet8.
+    Raises KerasFileError, naming the layer, what it is and what was expected, for anything but a ResNet8; for
+    a network of other layers altogether, that is said first.
     """
+    try:
+        return find_places(file)
+    except KerasFileError as error:
+        raise KerasFileError(f"{other_network(file)}{error}") from None
+
+
+def other_network(file: KerasFile) -> str:
+    """Return how a message begins: what the file has in place of a ResNet8's layers; "" if it has as many."""
+
+    def counted(class_names: Iterable[str]) -> str:
+        counts = Counter(class_names)
+        return ", ".join(f"{counts[class_name]} {class_name}" for class_name in MAPPING)
+
+    expected = counted(place.required["class_name"][0] for place in GRAPH.values())
+    found = counted(layer.class_name for layer in file.layers)
+    return "" if found == expected else f"not a ResNet8, which has {expected}; here are {found}: "
+
+
+def find_places(file: KerasFile) -> dict[str, Layer]:
+    """Return what `match_graph` does."""
     sources = sources_of(file)
     unplaced = [layer for layer in file.layers[1:] if not layer.is_identity]
     places = {"input": file.layers[0]}

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-from rich.table import Table
+from itertools import chain
 
 from models.common.errors import printable
-from models.common.terminal import print_table
 from models.conversion.matching import match_graph
 from models.conversion.proof import compare_counts, compare_numbers, compare_tensors, figures_of
 from models.conversion.tensors import Row, build_model, input_normalization, load_tensors, map_tensors
+from models.graph import KNOWN_FILES, KNOWN_WIDTHS
 from models.keras.file import KerasFile
 from models.keras.process import KerasProcess
 from models.mapping import MAPPING
@@ -46,10 +45,11 @@ def prove(
     """
     with stage("layers") as figures:
         places = match_graph(file)
+        is_given, model = model is not None, model or build_model(places)
+        print_known(file, model)
         weighted = sum(layer.class_name in MAPPING for layer in places.values())
         figures.append(f"{weighted} with weights and {len(file.layers) - weighted} others, each in its place")
 
-    is_given, model = model is not None, model or build_model(places)
     keras_input = Scaling.given(model.conv1.in_channels, mean, std)
     pytorch_input = input_normalization(file, places, keras_input)
 
@@ -90,11 +90,31 @@ def stage(name: str) -> Iterator[list[str]]:
         print((f"  {name:<11} passed  {line}" if index == 0 else f"{'':22}{line}").rstrip())
 
 
+def print_known(file: KerasFile, model: ResNet8) -> None:
+    """Print which model it is, where the file's SHA-256 or the network's shape tells."""
+    size = (model.fc.out_features, model.conv1.in_channels, *file.input_shape[:2])
+    if model.conv1.out_channels in KNOWN_WIDTHS and size == (10, 3, 32, 32):
+        width = model.conv1.out_channels
+        name, macs = KNOWN_WIDTHS[width]
+        which = KNOWN_FILES.get(file.sha256) or f"width {width}: the shape of {name}"
+        print(f"  {which}; {macs / 1e6:.1f} M multiply-accumulates")
+
+
 def print_rows(rows: list[Row]) -> None:
-    """Print the mapping table, one row a tensor."""
-    table = Table("Keras", "shape", "axes", "PyTorch", "shape", box=None, padding=(0, 1), show_edge=False)
+    """Print the mapping: each layer's name in Keras and in PyTorch, and below it a row a tensor.
+
+    A row holds its name, its shape and the order of its axes in Keras, and its name and shape in PyTorch.
+    """
+    cells = {}
     for row in rows:
         shape = "absent" if row.source is None else str(row.source.shape)
         axes = f"= {row.absent:g}" if row.source is None else str(row.axes) if len(row.axes) > 1 else "as is"
-        table.add_row(printable(f"{row.layer}/{row.variable}"), shape, axes, row.key, str(row.shape))
-    print_table(table)
+        place, _, parameter = row.key.rpartition(".")
+        cells.setdefault((row.layer, place), []).append(
+            (row.variable, shape, axes, parameter, str(row.shape))
+        )
+    widths = [max(map(len, column)) for column in zip(*chain(*cells.values()), strict=True)]
+    for (layer, place), of_layer in cells.items():
+        print(printable(f"  {layer} -> {place}"))
+        for row in of_layer:
+            print("    " + " ".join(map(str.ljust, row, widths)).rstrip())

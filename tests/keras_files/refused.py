@@ -59,6 +59,20 @@ def shared_layer(K: ModuleType) -> object:
     return resnet8(K, change=each("layer1.conv1 layer1.conv2", lambda L, x: conv(x)))
 
 
+def perceptron(K: ModuleType) -> object:
+    return K.Sequential([K.Input((48,)), K.layers.Dense(9, "relu"), K.layers.Dense(CLASSES, "softmax")])
+
+
+def depthwise_separable(K: ModuleType) -> object:
+    """The beginning of a MobileNet, whose very first layer is another."""
+    inputs = K.Input(SHAPE)
+    x = K.layers.Conv2D(WIDTH, 3, 2, padding="same", name="odd")(inputs)
+    for filters in (WIDTH, 2 * WIDTH):
+        x = K.layers.ReLU()(K.layers.BatchNormalization()(K.layers.DepthwiseConv2D(3, padding="same")(x)))
+        x = K.layers.ReLU()(K.layers.BatchNormalization()(K.layers.Conv2D(filters, 1)(x)))
+    return K.Model(inputs, K.layers.Dense(CLASSES, "softmax")(K.layers.GlobalAveragePooling2D()(x)))
+
+
 def custom(K: ModuleType, name: str) -> Callable:
     """Return a `change` into a registered layer of our own called `name`."""
     register = (
@@ -255,6 +269,8 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "width_not_doubling": (variant(widths=(1, 3, 4)), f"{3 * WIDTH} {2 * WIDTH}"),
     "width_constant": (variant(widths=(1, 1, 1)), f"{WIDTH} {2 * WIDTH}"),
     "norm_axis_1": (variant(change=each("layer1.bn1", named("BatchNormalization", axis=1))), "odd axis 1"),
+    "perceptron": (Variant(perceptron), "not a ResNet8 7 BatchNormalization 0 2 Dense conv1"),
+    "depthwise_separable": (Variant(depthwise_separable), "not a ResNet8 9 Conv2D 3 strides 2 1 odd"),
     "custom_layer": (
         Variant(lambda K: resnet8(K, change=each("relu1", custom(K, "Custom")))),
         "odd Custom custom",
