@@ -265,6 +265,8 @@ def fuzz_runtime(write: Callable, *variants: dict) -> Callable[[Path], tuple[Cal
             model = load_checkpoint(folder / "model", dataset, Silent(), runner=worker).model
             assert model(dataset.images[:3].astype(np.float32)).shape == (3, 10)
 
+        for source in sources:  # whole ones are read, and the library is imported by now
+            read(source)
         return damage, read
 
     return fuzz

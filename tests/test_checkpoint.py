@@ -64,7 +64,7 @@ def without(state, name):
 
 
 BAD = {  # what is saved, from a good state_dict -> words of the message
-    "other names": (lambda state: {f"{name}_": value for name, value in state.items()}, "fc.weight"),
+    "other names": (lambda state: {f"x{name}": value for name, value in state.items()}, "fc.weight"),
     "no conv1": (lambda state: without(state, "conv1.weight"), "conv1.weight"),
     "no statistics": (lambda state: without(state, "layer2.bn1.running_var"), "layer2.bn1.running_var"),
     "one more": (lambda state: {**state, "layer4.conv1.weight": torch.zeros(1)}, "layer4.conv1.weight"),
