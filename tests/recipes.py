@@ -119,9 +119,10 @@ def prepare_folder(folder: Path, data_dir: Path | None, checkpoint: Path | None,
     """Put the checkpoint, the Keras file, the data and a photograph into a folder."""
     (folder / "checkpoints").mkdir()
     (folder / "data").mkdir()
-    for name in ("model.h5", "pretrainedResnet.h5"):
-        shutil.copy(keras_file, folder / name)
-    if data_dir:
+    shutil.copy(keras_file, folder / "pretrainedResnet.h5")
+    if not data_dir:
+        shutil.copy(keras_file, folder / "model.h5")  # a recipe's command makes it
+    else:
         for found in data_dir.glob("cifar-10-batches-*"):
             (folder / "data" / found.name).symlink_to(found)
     if checkpoint:
