@@ -16,6 +16,7 @@ from models.common.terminal import progress_bar
 from models.common.tuning import torch_threads
 from models.equivalents import fold_batch_norm
 from models.evaluation.baseline import log_softmax
+from models.evaluation.fused import FusedResNet8
 from models.evaluation.metrics import Predictions
 from models.resnet8 import ResNet8
 from models.scaling import Scaling
@@ -102,7 +103,8 @@ def predict(
     parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
     parameter = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
     device, dtype = parameter.device, parameter.dtype
-    layout = torch.channels_last if isinstance(network, ResNet8) else torch.contiguous_format
+    is_ours = isinstance(network, ResNet8 | FusedResNet8)
+    layout = torch.channels_last if is_ours else torch.contiguous_format
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32  # of the normalization
     mean, std = (
         torch.tensor(v, dtype=arithmetic, device=device).view(-1, 1, 1) for v in (scaling.mean, scaling.std)
@@ -114,6 +116,8 @@ def predict(
     def logits_from(start: int) -> Tensor:
         with torch.inference_mode():
             batch = pixels[start : start + batch_size].to(device, non_blocking=True)
+            if isinstance(network, FusedResNet8):
+                batch = batch.flip(2, 3)  # while they are bytes
             batch = batch.to(arithmetic, memory_format=layout)
             if not scaling.is_plain:
                 batch = batch.sub_(mean).div_(std)

@@ -79,6 +79,7 @@ def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Pr
     import torch
 
     from models.evaluation import inference
+    from models.evaluation.fused import FusedResNet8, fuse
 
     device = inference.choose_device(options.device, options.dtype)
     suitable = inference.batches_for(device)
@@ -92,8 +93,12 @@ def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Pr
             ran = {"device": "cpu", "dtype": model.takes["dtype"], "batch_norm_folded": None}
             return replace(found, throughput={**found.throughput, **ran}, format=model.format)
         prepared = inference.prepare(model, device, getattr(torch, options.dtype), fold)
+        if fold and device.type == "cpu":
+            first = torch.from_numpy(scaling.of(dataset.images[:batch_size])).float()
+            prepared = fuse(prepared, first) or prepared
         found = inference.measure(prepared, dataset, scaling, name, batch_size, workers, path)
         ran = {"device": device.type, "dtype": options.dtype, "batch_norm_folded": fold}
+        ran["fused_operators"] = isinstance(prepared, FusedResNet8)
         return replace(
             found,
             throughput={**found.throughput, **ran},

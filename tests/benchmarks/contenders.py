@@ -52,12 +52,16 @@ def evaluate_folded(job: Job, fold: bool = True) -> Contender:
     import torch
 
     from models.evaluation import inference
+    from models.evaluation.fused import fuse
     from models.resnet8 import ResNet8
 
     device = inference.choose_device("cpu")
     model = inference.prepare(ResNet8.from_checkpoint(job.pt), device, torch.float32, fold)
     batch_size, workers = inference.batches_for(device)
     mean, std = job.scaling["pytorch"]
+    if fold:
+        first = torch.from_numpy(job.normalized("pytorch")[:batch_size]).float()
+        model = fuse(model, first) or model
 
     def run(images: np.ndarray, size: int) -> np.ndarray:
         return inference.predict(model, images, Scaling(mean, std), size, workers)
