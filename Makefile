@@ -1,4 +1,5 @@
 # make          set up .venv, convert the bundled Keras model, evaluate it: offline but for pip
+# make MODEL=model.h5   the same with your own: model.pt beside it
 # make test     the test suite
 PYTHON ?= python3
 VENV := .venv
@@ -6,9 +7,10 @@ BIN := $(VENV)/bin
 
 .PHONY: all setup test lint train bench recipes clean
 
+CHECKPOINT := $(if $(MODEL),$(basename $(MODEL)).pt)
 all: setup
-	$(BIN)/python convert.py
-	$(BIN)/python evaluate.py
+	$(BIN)/python convert.py $(MODEL) $(if $(MODEL),-o $(CHECKPOINT))
+	$(BIN)/python evaluate.py $(CHECKPOINT)
 
 setup: $(VENV)/.installed
 
