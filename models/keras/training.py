@@ -15,6 +15,7 @@ from models.keras.resnet8 import resnet8
 
 # The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2), longer, with a warmed-up cosine schedule.
 # Keras's weight decay is decoupled from the momentum: 1e-3 is 1e-3 * (1 - 0.9) = 1e-4 in `torch.optim.SGD`.
+# All in float32: on a Xeon without AMX, bfloat16 takes 1.3 times as long at width 16 and 1.6 times at 48.
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 WARMUP_EPOCHS = 5
@@ -109,10 +110,7 @@ def train(images: np.ndarray, labels: np.ndarray, epochs: int, output: Path, see
         weight_decay=WEIGHT_DECAY,
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    # bfloat16 arithmetic with float32 weights: twice as fast on a CPU that has it
-    keras.config.set_dtype_policy("mixed_bfloat16")
     model = resnet8(batch_norm=FusedBatchNormalization)
-    keras.config.set_dtype_policy("float32")
     model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(
         batches,
@@ -126,7 +124,7 @@ def train(images: np.ndarray, labels: np.ndarray, epochs: int, output: Path, see
         ],
     )
 
-    trained = resnet8()  # the same network, of Keras's own layers, in float32
+    trained = resnet8()  # the same network, of Keras's own layers
     trained.set_weights(model.get_weights())
     partial = output.with_name(f".{output.stem}.partial.h5")
     trained.save(partial, include_optimizer=False)
