@@ -1,4 +1,4 @@
-"""The training of the bundled baseline: its own BatchNormalization, and what happens when it is stopped."""
+"""The training of the bundled baseline: its layers, its teacher, its average, and that it can be stopped."""
 
 import json
 import subprocess
@@ -20,6 +20,9 @@ import numpy as np
 from models.keras import training as twin
 
 rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (640, 3, 32, 32), dtype=np.uint8)
+labels = rng.integers(0, 10, 640, dtype=np.uint8)
+folder = Path(*sys.argv[1:2])
 """
 
 BATCH_NORM = """
@@ -39,12 +42,67 @@ for kind in (twin.keras.layers.BatchNormalization, twin.FusedBatchNormalization)
 print(json.dumps({name: [np.asarray(value).tolist() for value in values] for name, values in seen.items()}))
 """
 
-# a small set of noise, and three epochs, one of them for the warm-up
+LOSS = """
+logits, teacher = rng.normal(0, 3, (2, 5, 10)).astype(np.float32)
+labels = np.arange(5)[:, None]
+losses = twin.loss(labels, logits), twin.loss(np.hstack([labels, teacher]), logits)
+print(json.dumps([np.asarray(value).tolist() for value in (logits, teacher, *losses)]))
+"""
+
+# the targets of three epochs, the third with the images of the first; then a resumed training's second epoch
+TARGETS = """
+twin.TEACHER_ROUNDS = 2
+teacher = twin.without_softmax(twin.resnet8(width=4))
+batches = twin.AugmentedImages(images, labels, 0, 0, teacher, folder)
+errors, flipped, in_order = [], [], []
+for epoch in range(3):
+    shown, targets = (np.concatenate(parts) for parts in zip(*(batches[i] for i in range(len(batches)))))
+    for found, pixels in ((errors, shown), (flipped, shown[:, :, ::-1])):
+        found.append(float(np.abs(targets[:, 1:] - teacher.predict_on_batch(pixels)).max()))
+    in_order.append(shown[np.argsort(batches.order)])
+    assert (targets[:, 0] == labels[batches.order]).all()
+    batches.on_epoch_end()
+same = [(in_order[0] == other).all(axis=(1, 2, 3)).mean() for other in in_order]
+
+def broken(*_):
+    raise AssertionError("asked again")
+
+teacher.predict_on_batch = broken
+again = twin.AugmentedImages(images, labels, 0, 1, teacher, folder)
+errors.append(float(np.abs(teacher(again[0][0]) - again[0][1][:, 1:]).max()))
+print(json.dumps([errors, flipped, same]))
+"""
+
+STATISTICS = """
+model = twin.resnet8(batch_norm=twin.FusedBatchNormalization)
+for weight in model.trainable_variables:
+    weight.assign(weight + rng.normal(0, 0.1, weight.shape))
+batches = twin.AugmentedImages(images, labels, 0)
+twin.measure_statistics(model, batches)
+conv, norm = model.layers[1:3]
+seen = np.concatenate([conv(batches[step][0]) for step in range(len(batches))])
+print(json.dumps([seen.mean((0, 1, 2)).tolist(), norm.moving_mean.numpy().tolist(), norm.momentum]))
+
+# over a single batch, inference is what training computes
+batches = twin.AugmentedImages(images[:128], labels[:128], 0)
+twin.measure_statistics(model, batches)
+print(json.dumps([model(batches[0][0], training=training).numpy().tolist() for training in (True, False)]))
+"""
+
+AVERAGE = """
+for twin.EMA_MOMENTUM in (1.0, 0.0):
+    output = folder / f"{twin.EMA_MOMENTUM}.h5"
+    twin.train(images, labels, 2, output, 0, 0, 16, None)
+    twin.keras.utils.set_random_seed(0)
+    start, end = twin.resnet8().get_weights(), twin.keras.models.load_model(output).get_weights()
+    print(json.dumps([float(np.abs(a - b).max()) for a, b in zip(start, end) if a.ndim == 4]))
+"""
+
+# an untrained teacher, and three epochs, one of them for the warm-up
 TRAINING = """
-images = rng.integers(0, 256, (640, 3, 32, 32), dtype=np.uint8)
-labels = rng.integers(0, 10, 640, dtype=np.uint8)
-twin.WARMUP_EPOCHS = 1
-folder = Path(sys.argv[1])
+twin.WARMUP_EPOCHS, twin.TEACHER_ROUNDS = 1, 2
+twin.keras.utils.set_random_seed(1)
+twin.resnet8(width=4).save(folder / "teacher.h5")
 
 class Stopped(twin.AugmentedImages):
     def on_epoch_end(self):
@@ -55,9 +113,12 @@ class Stopped(twin.AugmentedImages):
 if sys.argv[2] == "stop":
     twin.AugmentedImages = Stopped
 try:
-    twin.train(images, labels, epochs=3, output=folder / "model.h5", seed=0, holdout=128)
+    twin.train(images, labels, 3, folder / "model.h5", 0, 128, 16, folder / "teacher.h5")
 except KeyboardInterrupt:
     print("stopped")
+else:
+    model = twin.keras.models.load_model(folder / "model.h5")
+    print(json.dumps([weight.tolist() for weight in model.get_weights()]))
 """
 
 
@@ -81,21 +142,64 @@ def test_fused_batch_normalization_computes_what_keras_does():
         assert other == pytest.approx(one, rel=1e-4, abs=1e-4 * np.abs(one).max())
 
 
+def test_loss_is_hintons():
+    """The labels' cross-entropy; with a teacher, a tenth of it and 0.9 T^2 times the teacher's at T = 4."""
+    logits, teacher, alone, taught = map(np.array, json.loads(run_keras(LOSS).splitlines()[-1]))
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+    of_labels = -log_softmax(logits)[range(5), range(5)]
+    of_teacher = -(np.exp(log_softmax(teacher / 4)) * log_softmax(logits / 4)).sum(axis=1)
+    assert alone == pytest.approx(of_labels, rel=1e-5)
+    assert taught == pytest.approx(0.1 * of_labels + 0.9 * 16 * of_teacher, rel=1e-5)
+
+
+def test_targets_are_what_the_teacher_says_of_the_image_shown(tmp_path):
+    """For two rounds of shifts and flips, which come in turn; the teacher is asked once for each."""
+    errors, flipped, same = json.loads(run_keras(TARGETS, tmp_path).splitlines()[-1])
+    assert max(errors) < 0.25  # half of the last bit of float16 logits, of up to 511
+    assert min(flipped) > 1
+    assert same[1] < 0.05  # the same shift and flip by chance: 1 of 162
+    assert same[2] == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["logits-0.npy", "logits-1.npy"]
+
+
+def test_statistics_are_those_of_the_weights(tmp_path):
+    """The first layer's mean is that of its inputs over all images, shifted and flipped."""
+    first, single = map(json.loads, run_keras(STATISTICS, tmp_path).splitlines()[-2:])
+    mean, moving_mean, momentum = first
+    assert moving_mean == pytest.approx(mean, rel=1e-4, abs=1e-3)
+    assert momentum == 0.99  # as it was
+    assert np.array(single[1]) == pytest.approx(np.array(single[0]), abs=1e-3)
+
+
+def test_the_file_holds_the_average_of_the_weights(tmp_path):
+    """An average that takes in nothing has the first step's weights, whose learning rate is 0."""
+    kept, moved = (
+        json.loads(line) for line in run_keras(AVERAGE, tmp_path).splitlines() if line.startswith("[")
+    )
+    assert max(kept) == 0
+    assert min(moved) > 1e-3
+
+
 def test_stopped_training_resumes_where_it_was(tmp_path):
     """Stopped in its second epoch and started again, it goes on from the first as if it never had been."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir()
     stopped.mkdir()
-    run_keras(TRAINING, straight, "run")
+    expected = run_keras(TRAINING, straight, "run").splitlines()[-1]
     assert "stopped" in run_keras(TRAINING, stopped, "stop")
     assert not (stopped / "model.h5").exists()
-    assert "Epoch 1/3" not in run_keras(TRAINING, stopped, "run")
+    resumed = run_keras(TRAINING, stopped, "run")
+    assert "Epoch 1/3" not in resumed
+    assert "Epoch 3/3" in resumed
+    for one, other in zip(json.loads(expected), json.loads(resumed.splitlines()[-1]), strict=True):
+        assert np.array_equal(one, other)
 
-    logs = [
-        np.genfromtxt(folder / "model.training" / "log.csv", delimiter=",") for folder in (straight, stopped)
-    ]
-    assert len(logs[0]) == 1 + 3  # the heading, and a line an epoch
-    assert logs[1][1:] == pytest.approx(logs[0][1:], rel=1e-4)
+    logs = [(folder / "model.training" / "log.csv").read_text() for folder in (straight, stopped)]
+    assert len(logs[0].splitlines()) == 1 + 3  # the heading, and a line an epoch
+    assert logs[1] == logs[0]
     assert (stopped / "model.training" / "curves.png").exists()
 
 

@@ -33,6 +33,5 @@ def resnet8(
     x = block(x, 2 * width, strides=2)
     x = block(x, 4 * width, strides=2)
     x = layers.GlobalAveragePooling2D()(x)
-    # float32 even when the rest is trained in mixed precision: a bfloat16 probability has only 8 bits
-    outputs = layers.Dense(num_classes, activation="softmax", dtype="float32")(x)
+    outputs = layers.Dense(num_classes, activation="softmax")(x)
     return keras.Model(inputs, outputs, name="resnet8")

@@ -1,8 +1,9 @@
-"""Train the Keras ResNet8 on CIFAR-10: how the bundled model was made.
+"""Train the Keras ResNet8 on CIFAR-10, alone or with a teacher, the same network but wider.
 
-    python -m models.keras.train --data-dir DIR --epochs N --output FILE.h5 --seed S
+    python -m models.keras.train --data-dir DIR --width 48 --epochs 30 --holdout 5000 --output teacher.h5
+    python -m models.keras.train --data-dir DIR --teacher teacher.h5 --epochs 300 --output student.h5
 
-trains `models/keras/resnet8.py` and writes FILE.h5; started again, it goes on from where it was stopped.
+Each trains `models/keras/resnet8.py` and writes its file; started again, it goes on from where it stopped.
 """
 
 import sys
@@ -18,7 +19,7 @@ def main() -> None:
     parser.add_argument(
         "--data-dir", type=Path, default=beside_the_scripts("data"), help="holds cifar-10-batches-bin/ (data)"
     )
-    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument(
         "--output", type=Path, default=beside_the_scripts("checkpoints/resnet8_keras.h5"), help="the .h5"
     )
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument(
         "--download", action="store_true", help="download CIFAR-10 into DATA_DIR if it is not there"
     )
+    parser.add_argument("--width", type=int, default=16, help="filters of the first stage (default: 16)")
+    parser.add_argument("--teacher", type=Path, help="a trained Keras file to learn from, too")
     options = parser.parse_args()
     try:
         images, labels = load_train(options.data_dir, options.download)
@@ -37,7 +40,16 @@ def main() -> None:
 
         from models.keras.training import train
 
-        train(images, labels, options.epochs, options.output, options.seed, options.holdout)
+        train(
+            images,
+            labels,
+            options.epochs,
+            options.output,
+            options.seed,
+            options.holdout,
+            options.width,
+            options.teacher,
+        )
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
