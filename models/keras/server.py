@@ -11,7 +11,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,7 @@ except ImportError as error:  # a Python without numpy has no Keras
 from models.common.errors import one_line
 from models.common.tuning import COLLECT_AFTER
 from models.keras.file import FLOATS, HALF_FLOATS, Layer, unpack_layers
-from models.keras.worker import WorkerError, serve
+from models.keras.worker import WorkerError, serve, temporary_folder
 from models.scaling import Scaling
 
 BATCH_SIZE = 100  # the fastest of 16 to 1,000, with a thread a core
@@ -57,7 +56,7 @@ class Server:
         content, rebuilt = arrays.pop("content").tobytes(), "the file holds weights alone"
         self.models, self.functions, self.renamed, model = {}, {}, {}, None
         if config is not None:
-            with tempfile.TemporaryDirectory() as folder:
+            with temporary_folder() as folder:
                 path = Path(folder) / ("model.keras" if content.startswith(b"PK") else "model.h5")
                 path.write_bytes(with_config(content, config))
                 try:
@@ -82,7 +81,7 @@ class Server:
     def build(self, arrays: dict[str, np.ndarray], layers: list, suffix: str) -> tuple[dict, dict]:
         """Return the content of the file that Keras saves for these layers."""
         model, _ = rebuild(unpack_layers(layers, arrays), keep_names=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             path = Path(folder) / f"model{suffix}"
             path.write_bytes(bytes(2**20 + 2 * sum(array.nbytes for array in arrays.values())))
             path.unlink()  # there is room for it: on a full disk the HDF5 library crashes

@@ -11,12 +11,12 @@ import json
 import math
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 START_SECONDS = 600  # for the imports of a slow machine
-END_SECONDS = 2  # to put away what is in a temporary folder
+FILES = "RESNET8_WORKER_FILES"  # the environment's name of how a worker's temporary folders begin
 
 
 class WorkerError(Exception):
@@ -53,7 +53,7 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        self.is_ready = False
+        self.is_ready, self.files = False, f"resnet8-{uuid.uuid4().hex}-"
         program = shutil.which(self.python)
         if program is None:
             raise WorkerError(f"cannot run {self.python}: there is no such program")
@@ -63,7 +63,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [os.path.abspath(program), "-m", self.module],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(search), FILES: self.files},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,
@@ -123,15 +123,11 @@ class Worker:
         return "\n".join(map(printable, self.stderr.read().decode(errors="replace").split("\n")))
 
     def close(self) -> None:
-        """End the process. It has a moment to put away its temporary folder, if it has one."""
-        try:
-            self.process.terminate()
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            self.process.kill()
-            self.process.wait()
+        """End the process, and remove what it has in temporary folders."""
+        self.process.kill()
+        self.process.wait()
+        for folder in Path(tempfile.gettempdir()).glob(f"{self.files}*"):
+            shutil.rmtree(folder, ignore_errors=True)
         self.process.stdin.close()
         self.process.stdout.close()
         self.stderr.close()
@@ -148,14 +144,12 @@ def serve(
 ) -> None:
     """Answer requests from stdin with `answer(request, arrays) -> (dict, arrays)` until stdin ends.
 
-    An exception of a type in `refusals` is an answer too; any other ends the process. SIGTERM ends it at
-    once, but for the `with` blocks that it is in.
+    An exception of a type in `refusals` is an answer too; any other ends the process.
     """
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not mix with the answers
     try:
-        signal.signal(signal.SIGTERM, _end)
         _send(replies, {}, {})  # all is imported
         while True:
             request, arrays = _receive(requests)
@@ -163,18 +157,13 @@ def serve(
                 _send(replies, *answer(request, arrays))
             except refusals as error:
                 _send(replies, {"error": str(error)}, {})
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # its owner has ended
         return
-    except _End:
-        os._exit(0)  # Python would take a while to put away TensorFlow
 
 
-class _End(BaseException):  # as KeyboardInterrupt, which no `except Exception` holds up
-    """The owner of the process ends it."""
-
-
-def _end(*_: object) -> None:
-    raise _End
+def temporary_folder() -> tempfile.TemporaryDirectory:
+    """Return a temporary folder for a worker, which its owner removes when it ends the process."""
+    return tempfile.TemporaryDirectory(prefix=os.environ.get(FILES))
 
 
 def _widen(pipe: BinaryIO) -> None:

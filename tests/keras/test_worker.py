@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from models.keras.worker import START_SECONDS, Worker, WorkerError, serve
+from models.keras.worker import START_SECONDS, Worker, WorkerError, serve, temporary_folder
 
 
 class RefusalError(Exception):
@@ -36,7 +36,7 @@ def answer(request, arrays):
     if request["do"] == "hang":
         time.sleep(600)
     if request["do"] == "hold a folder":
-        with tempfile.TemporaryDirectory(dir=request["in"]):
+        with temporary_folder():
             time.sleep(600)
     raise RuntimeError("unforeseen")
 
@@ -112,16 +112,19 @@ def test_ends_with_its_owner(worker):
         assert other.process.wait(timeout=60) == 0
 
 
-def test_puts_its_temporary_folder_away(tmp_path):
-    """When the command is interrupted, as when it ends by itself."""
+def test_its_temporary_folder_is_removed_with_it(tmp_path, monkeypatch):
+    """When the command is interrupted; a worker that is killed cannot do it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "of others").mkdir()
     with ThreadPoolExecutor(1) as pool:
         with Worker("tests.keras.test_worker") as other:
-            asked = pool.submit(other.ask, {"do": "hold a folder", "in": str(tmp_path)})
-            while not list(tmp_path.iterdir()):
+            asked = pool.submit(other.ask, {"do": "hold a folder"})
+            while len(list(tmp_path.iterdir())) < 2:
                 assert not asked.done()
                 time.sleep(0.01)
-        assert list(tmp_path.iterdir()) == []
-        with pytest.raises(WorkerError, match="ended with status 0"):
+        assert list(tmp_path.iterdir()) == [tmp_path / "of others"]
+        with pytest.raises(WorkerError, match="ended with status -9"):
             asked.result()
 
 
