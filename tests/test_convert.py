@@ -306,7 +306,8 @@ def test_replaces_what_it_wrote_without_a_word(model_file, reference_files, tmp_
         status, _, errors = command(source, "--no-verify", "-o", output)
         assert (status, errors) == (0, [])
         assert ResNet8.from_checkpoint(output).fc.out_features == classes
-    output.unlink()  # its JSON alone is its own too
+    output.rename(tmp_path / "backup.pt")  # its JSON alone is its own too, whatever else lies there
+    (tmp_path / "out.txt").write_text("notes")
     assert command(model_file, "--no-verify", "-o", output)[0] == 0
 
 
@@ -567,6 +568,25 @@ def test_output_that_cannot_be_written(model_file, tmp_path, command):
         assert len(errors) == 1
         assert errors[0].startswith(f"error: {model_file}: cannot write {output or place} ")
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_text_of_a_file_is_no_line_of_ours(edited, tmp_path, command):
+    """Its Keras version and its layers' dtypes are printed; the version is in the JSON too."""
+    fake = "\x1b[2K\r\n  numbers     passed"
+
+    def edit(file):
+        file.attrs["keras_version"] = f"3{fake}"
+        config = json.loads(file.attrs["model_config"])
+        config["config"]["layers"][1]["config"]["dtype"] = fake
+        file.attrs["model_config"] = json.dumps(config)
+
+    status, out, _ = command(edited(edit), "--no-verify", "-o", tmp_path / "out.pt")
+    assert status == 0
+    assert all(line.isprintable() for line in out.split("\n")), out
+    assert not re.search("^ *numbers +passed", out, re.MULTILINE)
+    assert out.count("?[2K??  numbers     passed") == 2
+    source = json.loads((tmp_path / "out.json").read_text())["source"]
+    assert source["keras_version"].isprintable() and source["format"].isprintable()
 
 
 def test_links_in_a_circle(tmp_path, command):

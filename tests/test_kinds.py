@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,3 +156,9 @@ def test_other_names_are_as_they_were(tmp_path, name):
     (tmp_path / "m.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     (job,) = convert.jobs_of([tmp_path / "m.h5"], str(tmp_path / name))
     assert job.output == tmp_path / name
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
+def test_file_of_no_size_is_not_opened():
+    """/proc/kmsg would wait until the kernel has something to say."""
+    assert kind_of(Path("/proc/self/status")) is Kind.EMPTY

@@ -146,6 +146,13 @@ run(command)
     assert sum("passed" in line for line in lines) == 5
 
 
+def test_name_of_a_layer_is_one_row():
+    rows = ROWS.replace(repr(NAME), repr(f"conv{FAKE}"))
+    assert rows != ROWS
+    lines = in_a_pipe(rows)
+    assert len(lines) == len(in_a_pipe(ROWS)) and "conv?[2K?1A??  numbers     passed  ?" in "".join(lines)
+
+
 def test_names_that_a_terminal_prints_are_left_alone():
     for text in ("größe 模型 b\u3000c\u00a0d", "a\tb\x1bc"):
         assert printable(text) == text.replace("\t", "?").replace("\x1b", "?")

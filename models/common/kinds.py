@@ -69,6 +69,8 @@ def kind_of(path: Path) -> Kind:
         saved = any((path / name).exists() for name in ("saved_model.pb", "saved_model.pbtxt"))
         return Kind.SAVED_MODEL if saved else Kind.FOLDER
     check_regular(path)
+    if not path.stat().st_size:  # and not opened: /proc/kmsg, for one, would wait
+        return Kind.EMPTY
     with path.open("rb") as file:
         return kind_of_content(file)
 
