@@ -1,5 +1,6 @@
 """models/checkpoint.py: a `.pt` file is loaded, or refused in one line, and never runs code."""
 
+import io
 import json
 import re
 import resource
@@ -126,6 +127,41 @@ def test_from_checkpoint_refuses_records_larger_than_the_file(checkpoint):
     content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)  # both sizes
     path.write_bytes(content)
     with pytest.raises(ValueError, match="larger than the file"):
+        ResNet8.from_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_from_checkpoint_refuses_a_record_that_is_there_twice(checkpoint):
+    """Readers differ in which of the two they take: what is checked may not be what is loaded."""
+    path, _, _ = checkpoint
+    with zipfile.ZipFile(path, "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data/0"))
+        archive.writestr(name, archive.read(name))
+    with pytest.raises(ValueError, match="damaged: it holds a record twice"):
+        ResNet8.from_checkpoint(path)
+
+
+def archive_of(name):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr(name, "{}")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty, so damaged"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, not PyTorch's; if it is Keras's, convert.py converts it"),
+        (archive_of("config.json"), "is a Keras archive, not PyTorch's; convert.py converts it"),
+        (archive_of("other"), "damaged or not a PyTorch file"),
+        (b"plain text", "is a text file, not a state_dict as torch.save writes it"),
+    ],
+)
+def test_from_checkpoint_says_what_another_file_is(checkpoint, content, words):
+    path, _, _ = checkpoint
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
         ResNet8.from_checkpoint(path)
 
 

@@ -214,6 +214,30 @@ REFUSED = {  # what is saved -> words that say what it is, and how to save it in
         with_tensor("fc.weight_mask", float8),
         ["fc.weight_mask is torch.float8_e4m3fn, expected float32"],
     ),
+    "NaN": (
+        with_tensor("fc.weight", lambda tensor: tensor * torch.nan),
+        ["fc.weight has values that are NaN or infinite"],
+    ),
+    "too large": (
+        with_tensor("fc.weight", lambda tensor: tensor.double() * 1e300),
+        ["fc.weight has values too large for float32"],
+    ),
+    "a negative variance": (
+        with_tensor("bn1.running_var", lambda tensor: -1 - tensor * 0),
+        ["bn1.running_var is negative (-1)"],
+    ),
+    "sparse": (
+        with_tensor("fc.weight", lambda tensor: tensor.to_sparse()),
+        ["fc.weight has not the 640 values that its shape says"],
+    ),
+    "expanded": (
+        with_tensor("fc.weight", lambda tensor: torch.zeros(()).expand(10, 64)),
+        ["fc.weight has not the 640 values that its shape says"],
+    ),
+    "a mask of another shape": (
+        lambda model: {**pruned(model), "fc.weight_mask": torch.ones(1)},
+        ["fc.weight_mask has no fc.weight_orig of its shape"],
+    ),
     "no values": (
         with_tensor("fc.weight", lambda tensor: tensor.to("meta")),
         ["fc.weight has no values (shape (10, 64), meta)"],
@@ -245,6 +269,7 @@ REFUSED = {  # what is saved -> words that say what it is, and how to save it in
 }
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # of width 0
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_says_what_it_is(tmp_path, name):
     make, words = REFUSED[name]
