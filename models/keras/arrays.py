@@ -77,8 +77,15 @@ def named_variables(layer: str, saved: dict[str, h5py.Dataset], expected: list[s
             raise KerasFileError(f"layer '{layer}' has two tensors called {variable}")
         by_variable[variable] = dataset
     if set(by_variable) != set(expected):
+        lora = "; Keras's .keras has LoRA's in the kernel" if "lora_kernel_a" in by_variable else ""
         raise KerasFileError(
-            f"layer '{layer}' has the tensors {sorted(by_variable)}, expected {sorted(expected)}"
+            f"layer '{layer}' has the tensors {sorted(by_variable)}, expected {sorted(expected)}{lora}"
+        )
+    shapes = {variable: getattr(dataset, "shape", None) for variable, dataset in by_variable.items()}
+    if list(shapes) != expected and list(shapes.values()) == [shapes[variable] for variable in expected]:
+        raise KerasFileError(
+            f"layer '{layer}': saved as {', '.join(shapes)} (some of them frozen?), which Keras takes for "
+            f"{', '.join(expected)}; save the model as .keras"
         )
     return {variable: read_array(by_variable[variable]) for variable in expected}
 
@@ -218,6 +225,8 @@ def read_array(dataset: h5py.Dataset) -> np.ndarray:
     import h5py
 
     is_tensor = isinstance(dataset, h5py.Dataset) and dataset.shape is not None
+    if is_tensor and dataset.dtype == np.dtype("V2"):  # bfloat16: the upper half of a float32
+        return (np.asarray(dataset[()]).view("<u2").astype("<u4") << 16).view("<f4").astype(np.float32)
     if not is_tensor or dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8:
         raise KerasFileError(f"{dataset.name} is not a tensor of floating-point numbers")
     return np.asarray(dataset[()]).astype(dataset.dtype.newbyteorder("="))

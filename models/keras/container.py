@@ -82,6 +82,11 @@ def open_hdf5(content: bytes) -> tuple[h5py.File, dict | None, str | None, str]:
         return file, None, version, ".h5 weights"
     if "layers" in file or "_layer_checkpoint_dependencies" in file:
         return file, None, version, ".weights.h5 weights"
+    if any(isinstance(group, h5py.Group) and "vars" in group for group in file.values()):
+        raise KerasFileError(
+            "weights of a subclassed model, which say nothing of its graph: save it whole, with "
+            "x = keras.Input((32, 32, 3)): keras.Model(x, model.call(x)).save('model.keras')"
+        )
     raise KerasFileError(
         "an HDF5 file, but not of Keras: neither model_config, nor layer_names, nor a group layers"
     )
@@ -197,10 +202,23 @@ def check_objects(file: h5py.File, size: int) -> None:
                 raise KerasFileError(f"{where} is a {type(member).__name__}; a Keras file has none")
 
 
+def numbers_of(value: object) -> object:
+    """Return the list of numbers that a configuration has as a NumPy array; anything else as it is."""
+    array = (
+        value.get("config") if isinstance(value, dict) and value.get("class_name") == "__numpy__" else None
+    )
+    if not isinstance(array, dict) or array.get("dtype") not in ("float32", "float64"):
+        return value
+    numbers = array.get("value")
+    listed = numbers if isinstance(numbers, list) else [numbers]
+    return numbers if all(type(number) in (int, float) for number in listed) else value
+
+
 def check_classes(config: dict) -> None:
     """Refuse a configuration with which Keras would do anything but build its own known layers.
 
-    Drops `compile_config`, the optimizer and loss: nothing that we need, and it names classes.
+    Drops `compile_config`, the optimizer and loss: nothing that we need, and it names classes; and what says
+    that a layer trains by LoRA, which `.keras` has added to the kernel. NumPy's arrays become lists.
     """
     pending: list[object] = [config]
     while pending:
@@ -209,7 +227,10 @@ def check_classes(config: dict) -> None:
             pending += value
         if not isinstance(value, dict):
             continue
-        value.pop("compile_config", None)
+        for key in ("compile_config", "lora_rank", "lora_alpha"):
+            value.pop(key, None)
+        for key, inner in value.items():
+            value[key] = numbers_of(inner)
         pending += value.values()
         name = value.get("class_name")
         if (name is not None and "config" in value) or "module" in value or "registered_name" in value:

@@ -1,7 +1,9 @@
 """models/keras/file.py: what is read as a Keras file, and its numbers."""
 
+import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from convert import convert_file
-from models.keras.file import Layer
+from models.keras.file import Layer, read_keras_file
 
 
 def test_kind_is_told_from_the_content(keras_files, reader, tmp_path):
@@ -47,6 +49,58 @@ def test_refuses_hdf5_of_another_program(refusal, tmp_path):
     with h5py.File(tmp_path / "model.h5", "w") as file:
         file["x"] = [1.0]
     assert "not of Keras" in refusal(tmp_path / "model.h5")
+
+
+def test_refuses_weights_of_a_subclassed_model(edited, refusal):
+    """By its attributes' names, in no order; the message says how to save it whole."""
+
+    def edit(file):
+        file.move("layers", "others")
+        file.move("others/dense", "fc")
+
+    message = refusal(edited(edit, "plain.weights.h5"))
+    assert message.startswith("weights of a subclassed model") and "keras.Model(x, model.call(x))" in message
+
+
+def test_refuses_what_keras_loads_in_another_order(edited, refusal, reader, tmp_path):
+    """With gamma frozen alone, Keras saves it after beta, and loads one for the other."""
+    name = "batch_normalization_3"
+
+    def reorder(file, name, names):
+        attributes = file[f"model_weights/{name}"].attrs
+        assert [one.split("/")[-1] for one in attributes["weight_names"]] != names
+        attributes["weight_names"] = [f"{name}/{variable}" for variable in names]
+
+    saved = ["beta", "gamma", "moving_mean", "moving_variance"]
+    message = refusal(edited(lambda file: reorder(file, name, saved)))
+    assert message.startswith(f"layer '{name}': saved as beta, gamma, moving_mean, moving_variance ")
+    assert "Keras takes for gamma, beta, moving_mean, moving_variance" in message
+    # Keras sees that a kernel is no bias, and has the arrays from us
+    path = edited(lambda file: reorder(file, "dense", ["bias", "kernel"]))
+    convert_file(path, tmp_path / "a.pt", reader)
+
+
+def test_lora_is_in_the_kernel_of_an_archive_and_beside_it_in_hdf5(
+    keras_files, archive, edited, refusal, reader
+):
+    """So Keras is not to add it again; `.h5` has what it consists of."""
+    with zipfile.ZipFile(keras_files / "keras" / "plain.keras") as file:
+        config = json.loads(file.read("config.json"))
+    config["config"]["layers"][-1]["config"] |= {"lora_rank": 2, "lora_alpha": 2}
+    file = read_keras_file(archive(config__json=json.dumps(config)), reader)
+    assert file.layers[-1].class_name == "Dense" and file.layers[-1].arrays["kernel"].shape == (16, 7)
+    assert "lora" not in json.dumps(file.config)
+
+    def edit(file):
+        group = file["model_weights/dense"]
+        for name in ("lora_kernel_a", "lora_kernel_b"):
+            group[f"dense/{name}"] = np.zeros((2, 2), np.float32)
+        names = [*group.attrs["weight_names"], "dense/lora_kernel_a", "dense/lora_kernel_b"]
+        group.attrs["weight_names"] = names
+
+    assert refusal(edited(edit)).endswith(
+        "expected ['bias', 'kernel']; Keras's .keras has LoRA's in the kernel"
+    )
 
 
 def test_refuses_weights_alone_of_partly_frozen_models(keras_files, refusal):

@@ -259,6 +259,16 @@ VARIANTS = {
     "rescaling_offset": variant(
         change={"input": lambda L, x: L.Rescaling(1 / 127.5, offset=-1)(x)}, weights_alone=(), pixels=True
     ),
+    "rescaling_numpy": variant(  # numbers that float32 holds exactly: Keras does not round arrays to it
+        change={
+            "input": lambda L, x: L.Rescaling(
+                np.array([1 / 256, 1 / 128, 1 / 64]), offset=np.array([0, -1, 0.5], np.float32)
+            )(x)
+        },
+        writers=("keras",),
+        weights_alone=(),
+        pixels=True,
+    ),
     "normalization": variant(  # numbers that float32 holds exactly: tf_keras does not round them to it
         change={
             "input": lambda L, x: L.Normalization(mean=[125.5, 123, 113.75], variance=[3969.0, 3856, 4452])(x)
@@ -315,6 +325,7 @@ VARIANTS = {
             "fc": lambda L, x: cast(L, L.Dense(CLASSES, activation="softmax")(x)),
         },
     ),
+    "bfloat16": variant("bfloat16", writers=("keras",)),
     "mixed_float16": variant("mixed_float16"),
     "mixed_bfloat16": variant("mixed_bfloat16"),
 }
