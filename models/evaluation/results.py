@@ -264,7 +264,7 @@ def files_text(evaluation: Evaluation, labels: list[str]) -> str:
         ran = each.throughput or {}
         details = [str(each.path), each.format]
         arithmetic = f"{ran.get('dtype', 'float32')} on {ran.get('device', 'cpu')}"
-        if arithmetic != "float32 on cpu":
+        if arithmetic != "float32 on cpu" and ran["dtype"] not in each.format:
             details.append(arithmetic)
         if not common:
             details.append(network_text(each))
