@@ -69,14 +69,6 @@ def test_every_recipe_has_a_test():
     assert set(read_recipes()) == {ALONE, "Fine-tune", *EXPECTED, *ON_TFLITE}
 
 
-def test_links_lead_somewhere():
-    text = (ROOT / "RECIPES.md").read_text()
-    headings = [line.lstrip("#").strip().lower() for line in text.splitlines() if line.startswith("##")]
-    anchors = {"".join(c for c in h.replace(" ", "-") if c.isalnum() or c in "-_") for h in headings}
-    links = {part.partition(")")[0] for part in text.split("](#")[1:]}
-    assert len(links) > 10 and links <= anchors, links - anchors
-
-
 def test_fine_tuning_shows_loss_and_held_out_accuracy(results):
     assert "epoch 1: loss 0." in results["Fine-tune"]["printed"]
     assert "held out " in results["Fine-tune"]["printed"]
@@ -110,6 +102,7 @@ def litert(path):
     ("name", "dense_scales"), [("model_int8.tflite", 10), ("pretrainedResnet_int8.tflite", 1)]
 )
 def test_int8_files_are_as_good_as_the_network(folder, results, sample, name, dense_scales):
+    assert (folder / name).stat().st_size < 120_000  # a byte a weight
     interpreter, fed, given = litert(folder / name)
     right = 0
     for image, label in sample:
