@@ -81,7 +81,8 @@ batches = twin.AugmentedImages(images, labels, 0)
 twin.measure_statistics(model, batches)
 conv, norm = model.layers[1:3]
 seen = np.concatenate([conv(batches[step][0]) for step in range(len(batches))])
-print(json.dumps([seen.mean((0, 1, 2), np.float64).tolist(), norm.moving_mean.numpy().tolist(), norm.momentum]))
+mean = seen.mean((0, 1, 2), np.float64)
+print(json.dumps([mean.tolist(), norm.moving_mean.numpy().tolist(), norm.momentum]))
 
 # over a single batch, inference is what training computes
 batches = twin.AugmentedImages(images[:128], labels[:128], 0)
