@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import warnings
 
 import pytest
@@ -214,6 +215,7 @@ REFUSED = {  # what is saved -> words that say what it is, and how to save it in
         with_tensor("fc.weight_mask", float8),
         ["fc.weight_mask is torch.float8_e4m3fn, expected float32"],
     ),
+    "a number as a name": (lambda model: {**model.state_dict(), 7: torch.ones(1)}, ["7 is a Tensor"]),
     "NaN": (
         with_tensor("fc.weight", lambda tensor: tensor * torch.nan),
         ["fc.weight has values that are NaN or infinite"],
@@ -279,6 +281,17 @@ def test_what_is_refused_says_what_it_is(tmp_path, name):
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'model.pt'}: ") and len(message.splitlines()) == 1
     assert all(word in message for word in words), message
+
+
+def test_safetensors_whose_metadata_is_not_as_convert_writes_it(tmp_path):
+    from safetensors.torch import save_file
+
+    said = {"input": json.dumps({"mean": "120"})}
+    save_file(random_model().state_dict(), tmp_path / "model.safetensors", metadata=said)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: input\.mean is .120., expected a list of numb"
+    ):
+        ResNet8.from_checkpoint(tmp_path / "model.safetensors")
 
 
 def test_key_takes_one_of_several(tmp_path):
