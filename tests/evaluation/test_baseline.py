@@ -334,7 +334,7 @@ def scale_kernel(path, index, factor):
 
 
 @needs_real_model
-def test_a_keras_file_is_fed_what_its_own_json_says(real, keras_files, reader, keras):
+def test_a_keras_file_is_fed_what_its_own_json_says(real, reader, keras):
     """The way back with --rescaling: its model takes plain pixels, whatever the checkpoint's source took."""
     scale_kernel(real / "model.h5", 0, 255)  # a model that wants pixels / 255
     convert_file(real / "model.h5", real / "unit.pt", reader, std=[255.0])
