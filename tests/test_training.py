@@ -44,8 +44,8 @@ print(json.dumps({name: [np.asarray(value).tolist() for value in values] for nam
 
 LOSS = """
 logits, teacher = rng.normal(0, 3, (2, 5, 10)).astype(np.float32)
-labels = np.arange(5)[:, None]
-losses = twin.loss(labels, logits), twin.loss(np.hstack([labels, teacher]), logits)
+true = np.arange(5)[:, None]
+losses = twin.loss(true, logits), twin.loss(np.hstack([true, teacher]), logits)
 print(json.dumps([np.asarray(value).tolist() for value in (logits, teacher, *losses)]))
 """
 
@@ -131,9 +131,18 @@ def run_keras(program: str, *arguments: object) -> str:
     return run.stdout
 
 
-def test_fused_batch_normalization_computes_what_keras_does():
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Run what tries a part of the training, in one process: what each printed, and the logits' folder."""
+    folder = tmp_path_factory.mktemp("parts")
+    printed = run_keras(BATCH_NORM + LOSS + TARGETS + STATISTICS, folder)
+    batch_norm, loss, targets, *statistics = map(json.loads, printed.splitlines()[-5:])
+    return {"batch norm": batch_norm, "loss": loss, "targets": targets, "statistics": statistics}, folder
+
+
+def test_fused_batch_normalization_computes_what_keras_does(parts):
     """Forward, gradients, statistics and inference; only the variance of the batch is the unbiased one."""
-    seen = json.loads(run_keras(BATCH_NORM).splitlines()[-1])
+    seen = parts[0]["batch norm"]
     plain, fused = ([np.array(value) for value in values] for values in seen.values())
     n = 128 * 8 * 8
     *_, gamma, beta, mean, variance, inference = zip(plain, fused, strict=True)
@@ -143,9 +152,9 @@ def test_fused_batch_normalization_computes_what_keras_does():
         assert other == pytest.approx(one, rel=1e-4, abs=1e-4 * np.abs(one).max())
 
 
-def test_loss_is_hintons():
+def test_loss_is_hintons(parts):
     """The labels' cross-entropy; with a teacher, a tenth of it and 0.9 T^2 times the teacher's at T = 4."""
-    logits, teacher, alone, taught = map(np.array, json.loads(run_keras(LOSS).splitlines()[-1]))
+    logits, teacher, alone, taught = map(np.array, parts[0]["loss"])
 
     def log_softmax(x):
         return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
@@ -156,19 +165,19 @@ def test_loss_is_hintons():
     assert taught == pytest.approx(0.1 * of_labels + 0.9 * 16 * of_teacher, rel=1e-5)
 
 
-def test_targets_are_what_the_teacher_says_of_the_image_shown(tmp_path):
+def test_targets_are_what_the_teacher_says_of_the_image_shown(parts):
     """For two rounds of shifts and flips, which come in turn; the teacher is asked once for each."""
-    errors, flipped, same = json.loads(run_keras(TARGETS, tmp_path).splitlines()[-1])
+    (errors, flipped, same), folder = parts[0]["targets"], parts[1]
     assert max(errors) < 0.25  # half of the last bit of float16 logits, of up to 511
     assert min(flipped) > 1
     assert same[1] < 0.05  # the same shift and flip by chance: 1 of 162
     assert same[2] == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["logits-0.npy", "logits-1.npy"]
+    assert sorted(file.name for file in folder.iterdir()) == ["logits-0.npy", "logits-1.npy"]
 
 
-def test_statistics_are_those_of_the_weights(tmp_path):
+def test_statistics_are_those_of_the_weights(parts):
     """The first layer's mean is that of its inputs over all images, shifted and flipped."""
-    first, single = map(json.loads, run_keras(STATISTICS, tmp_path).splitlines()[-2:])
+    first, single = parts[0]["statistics"]
     mean, moving_mean, momentum = first
     assert moving_mean == pytest.approx(mean, rel=1e-4, abs=1e-3)
     assert momentum == 0.99  # as it was
