@@ -331,7 +331,7 @@ def targets_table(
     runtimes = [results[n] for n in (ONNX_RUNTIME, ONNX_SESSIONS) if isinstance(results[n], Result)]
     if runtimes:
         best = min(result.seconds for result in runtimes)
-        row(f"{OURS}: time, ONNX Runtime at its best = 1", results[OURS].seconds / best, "{:.2f}", most=1.15)
+        row(f"{OURS}: time, ONNX Runtime at its best = 1", results[OURS].seconds / best, "{:.2f}", most=1.05)
     compare(KERAS)
     compare(PLAIN)
     keras = costs[IMPORT_KERAS].seconds
