@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import convert_back, convert_file
+from convert import convert_file
 from data.cifar10 import load_test
 from models.checkpoint import read_checkpoint
 from models.common.terminal import Notes
@@ -333,15 +333,27 @@ def scale_kernel(path, index, factor):
         group[kernel][...] = factor * group[kernel][...]
 
 
-@needs_real_model
-def test_a_keras_file_is_fed_what_its_own_json_says(real, reader, keras):
-    """The way back with --rescaling: its model takes plain pixels, whatever the checkpoint's source took."""
-    scale_kernel(real / "model.h5", 0, 255)  # a model that wants pixels / 255
-    convert_file(real / "model.h5", real / "unit.pt", reader, std=[255.0])
-    convert_back(real / "unit.pt", real / "back.h5", reader, keras, rescaling=True, verify=False)
-    _, metrics = evaluated("unit.pt", "--keras", "back.h5", cwd=real)
-    assert metrics["keras"]["input"] == {"mean": [0.0] * 3, "std": [1.0] * 3}
-    assert metrics["pytorch"]["correct"] == metrics["keras"]["correct"] > 800
+def test_a_keras_file_is_fed_what_its_own_json_says(tmp_path, sample, monkeypatch):
+    """With --rescaling its model takes plain pixels, whatever the checkpoint and its source take."""
+    unit = scaling(0.0, 255.0)
+    save(random_model(), tmp_path / "unit.pt", input=unit, source={"input": unit})
+    (tmp_path / "back.h5").write_bytes(b"a Keras file")
+    written = {"input": scaling(0.0, 1.0), "sha256": hashlib.sha256(b"a Keras file").hexdigest()}
+    (tmp_path / "back.h5.json").write_text(json.dumps(written))
+    fed = []
+
+    def ask_keras(keras_file, bn_eps, images, scaling, python):
+        fed.append(scaling.std)
+        return np.zeros((1000, 10), np.float32), ".h5"
+
+    monkeypatch.setattr(baseline, "ask_keras", ask_keras)
+    checkpoint = read_checkpoint(tmp_path / "unit.pt")
+    shutil.copy(tmp_path / "back.h5", tmp_path / "other.h5")  # which has no JSON
+    for name in ("back.h5", "other.h5"):
+        asked = (tmp_path / name, checkpoint, sample, NOT_A_PYTHON, Notes())
+        found = baseline.keras_predictions("Keras", *asked)
+        assert found.scaling.std == fed[-1]
+    assert fed == [[1.0] * 3, [255.0] * 3]
 
 
 @needs_real_model
