@@ -108,7 +108,7 @@ def compare_numbers(
             name = places[place].name
             if comparable and name in theirs:
                 compared.add(place)
-                largest = max(largest, float(np.abs(theirs[name]).max()))
+                largest = max(largest, largest_value(theirs[name]))
                 difference = largest_difference(ours[place], theirs[name])
                 results[dtype]["activations"] = max(results[dtype]["activations"], difference)
                 if dtype == "float64":
@@ -147,9 +147,17 @@ def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     it counts as large as the median channel.
     """
     theirs = theirs.reshape(ours.shape)
-    channels = np.abs(theirs).reshape(-1, theirs.shape[-1]).max(axis=0)
-    times_usual = np.maximum(channels, np.median(channels)) / USUAL_ACTIVATION
-    return float(np.max(np.abs(ours - theirs) / np.maximum(times_usual, 1)))
+    differences = np.abs(ours - theirs)
+    if largest_value(theirs) > USUAL_ACTIVATION:
+        channels = np.abs(theirs).reshape(-1, theirs.shape[-1]).max(axis=0)
+        times_usual = np.maximum(channels, np.median(channels)) / USUAL_ACTIVATION
+        differences /= np.maximum(times_usual, 1)
+    return float(differences.max())
+
+
+def largest_value(values: np.ndarray) -> float:
+    """Return how far the values reach from 0; NaN if one is."""
+    return float(max(values.max(), -values.min()))
 
 
 def check(where: str, difference: float, dtype: str, bound: float) -> None:
