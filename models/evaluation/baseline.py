@@ -155,10 +155,11 @@ def read_answers(path: Path, key: str, shape: tuple[int, int], notes: Notes) -> 
             if str(content["key"]) != key:
                 notes.add(f"{path} is of another Keras file, other images or another scaling: made again")
                 return None
-            # answers that earlier versions kept have no format, and no logits
-            form = str(content["format"]) if "format" in content else ""
-            kept = content["logits" if "logits" in content else "probabilities"]
-            has_logits = "logits" in content
+            has_logits = (
+                "logits" in content
+            )  # answers that earlier versions kept have none, and may lack a format
+            form = str(content["format"]) if has_logits or "format" in content else ""
+            kept = content["logits" if has_logits else "probabilities"]
         if kept.shape != shape or kept.dtype != np.float32 or not form.isprintable():
             raise ValueError
         # a float32 probability can be too small to be told from 0
