@@ -146,10 +146,11 @@ class ResNet8(nn.Module):
     def from_checkpoint(cls, path: str | Path, map_location: str | torch.device = "cpu") -> "ResNet8":
         """Return the network of a `convert.py` checkpoint, of the shape its tensors have, in eval mode.
 
-        BatchNorm's epsilon and momentum come from the JSON file beside the checkpoint, or are the defaults
-        where there is none; so does what the network is fed, its `scaling` (`models/scaling.py`). No code in
-        the file is run (`weights_only=True`). Raises OSError when a file cannot be read, ValueError with one
-        line when it is not a ResNet8's state_dict.
+        It needs the repository around this file; `from_state_dict` does not. BatchNorm's epsilon and momentum
+        come from the JSON file beside the checkpoint, or are the defaults where there is none; so does what
+        the network is fed, its `scaling` (`models/scaling.py`). No code in the file is run
+        (`weights_only=True`). Raises OSError when a file cannot be read, ValueError with one line when it is
+        not a ResNet8's state_dict.
         """
         from models.files.state_dict import read_network  # all else in this file needs torch alone
 

@@ -358,3 +358,10 @@ def test_a_saved_network_takes_no_json_of_another(tmp_path):
     assert (tmp_path / "model.json").read_bytes() == before and not (tmp_path / "model.pth").exists()
     save_checkpoint(model, tmp_path / "model.pt", like=tmp_path / "model.pt")  # its own
     assert "sha256" not in read_checkpoint(tmp_path / "model.pt").metadata
+
+
+def test_each_key_of_one_state_dict_takes_it(tmp_path):
+    """A loop may save the same dict twice, before its average has begun."""
+    torch.save(dict.fromkeys(["model", "ema"], random_model().state_dict()), tmp_path / "model.pt")
+    for key in (None, "model", "ema"):
+        assert f"under '{key or 'model'}'" in read_checkpoint(tmp_path / "model.pt", key=key).read_as

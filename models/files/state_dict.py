@@ -151,15 +151,11 @@ def plain_state_dict(
     own keys may have a prefix in common; and weights may still be pruned by `torch.nn.utils.prune`:
     `weight_orig` times `weight_mask`. Raises ValueError with one line for anything else.
     """
-    fitting: dict[int, tuple] = {}
-    for keys, state in _state_dicts(content):
-        if _fits(state, names):
-            fitting.setdefault(id(state), (keys, state))  # one may lie under two keys
-    by_key = {".".join(keys): (keys, state) for keys, state in fitting.values()}
+    by_key = {".".join(keys): (keys, state) for keys, state in _state_dicts(content) if _fits(state, names)}
     if key is not None and key not in by_key and "" not in by_key:
         choice = ", ".join(map(repr, by_key)) or "none"
         raise ValueError(f"{path}: --key {key}: no state_dict of this network; those in the file: {choice}")
-    if key is None and len(by_key) > 1:
+    if key is None and len({id(state) for _, state in by_key.values()}) > 1:  # one may lie under two keys
         choice = ", ".join(map(repr, by_key))
         raise ValueError(f"{path}: holds several state_dicts, {choice}: --key NAME takes one")
     keys, content = by_key.get(key) or next(iter(by_key.values()), None) or _unwrapped(content)
