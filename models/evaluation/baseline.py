@@ -189,7 +189,7 @@ def is_foreign(path: Path) -> bool:
     """Return whether a file is there that Keras's answers, damaged or not, cannot be."""
     if not path.is_file():
         return False
-    start = path.read_bytes()[:2]
+    start = read_regular(path, 2)
     if start != b"PK":
         return start != b""
     try:

@@ -151,7 +151,7 @@ def test_an_exported_resnet8_computes_what_it_did(tmp_path, sample, worker, deco
 
 
 def test_a_quantized_pt2_runs(tmp_path, sample, worker):
-    """As README's int8 recipe makes it: its operators are torchao's."""
+    """As the int8 recipe makes it: its operators are torchao's."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
