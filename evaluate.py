@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 
 # torch, and what imports it, is imported where it is first needed: `--help` and a wrong option need none.
 
-# BatchNorm may be folded into the convolutions, which is faster, as long as no probability is further than
-# this from Keras's.
+# BatchNorm may be folded into the convolutions, which is faster: in a file that is evaluated alone as long as
+# no probability is further than this from Keras's; of several files `predictor` decides on each.
 MAX_FOLDED_DIFFERENCE = 1e-5
 SHORTFALL = 3  # the exit status for --min-accuracy and --max-drop
 

@@ -17,6 +17,7 @@ import torch
 
 import evaluate
 from models.common import terminal
+from models.evaluation import fused
 from models.evaluation.metrics import p_text
 from models.resnet8 import ResNet8
 from tests.evaluating import (
@@ -31,6 +32,8 @@ from tests.evaluating import (
     save,
     scaling,
 )
+
+HAS_FUSED = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 # --compare, --min-accuracy, --max-drop
 
@@ -50,6 +53,10 @@ def test_compare(real):
     assert len(pairs) == 6 * 5 / 2
     same, worse = pairs["model.pt", "same [1].pt"], pairs["model.pt", "worse_a.pt"]
     assert (same["same_prediction"], same["max_abs_probability_difference"]) == (1000, 0)
+    assert pairs["Keras", "model.pt"]["max_abs_probability_difference"] < 1e-5
+    for each in (metrics, *metrics["compared"]):
+        ran = each["throughput"]
+        assert (ran["batch_norm_folded"], ran["fused_operators"]) == (HAS_FUSED, HAS_FUSED)
     lost = metrics["compared"][1]["correct"] - metrics["pytorch"]["correct"]
     assert worse["accuracy_difference"] == lost / 1000 < 0
     assert worse["mcnemar_p"] < 1e-3
@@ -62,6 +69,18 @@ def test_compare(real):
     done = command("model.pt", "--compare", "worse_a.pt", "--no-keras", "--max-drop", "0.01", cwd=real)
     assert done.returncode == 3
     assert done.stderr.startswith("shortfall: worse_a.pt: accuracy ")
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "float64"], []])
+def test_what_is_compared_is_folded_only_where_that_is_as_exact(tmp_path, monkeypatch, arguments):
+    """In float64, or where the fused operators' numbers are others, all is computed as it stands."""
+    monkeypatch.setattr(fused, "turn", lambda model, size: model)
+    for seed, name in enumerate(("a.pt", "b.pt")):
+        save(random_model(seed), tmp_path / name, input=scaling(120.0, 64.0))
+    _, metrics = evaluated("a.pt", "b.pt", "--no-keras", *arguments, cwd=tmp_path)
+    for each in (metrics, *metrics["compared"]):
+        ran = each["throughput"]
+        assert (ran["batch_norm_folded"], ran["fused_operators"]) == (False, False)
 
 
 @needs_real_model

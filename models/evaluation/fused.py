@@ -1,31 +1,30 @@
-"""A folded ResNet8 as oneDNN's fused operators: a convolution, its addition and its ReLU in one pass.
+"""A ResNet8 as oneDNN's fused operators: a convolution, its BatchNorm, addition and ReLU in one pass.
 
 PyTorch's compiler writes such operators (torch/_inductor/fx_passes/mkldnn_fusion.py); they are internal, so
 `fuse` gives them up for the plain network where they are missing, fail, or compute something else.
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
-from models.equivalents import turn
+from models.equivalents import fold_batch_norm, turn
 from models.resnet8 import ResNet8
 
 ROUNDING = 1e-6  # of a probability in float32; on some processors the plain network's is 3e-6
 
 
-def fuse(folded: ResNet8, images: Tensor) -> "FusedResNet8 | None":
-    """Return a folded float32 network on the CPU, fused, if it computes the same of a batch of images.
+def fuse(model: ResNet8, images: Tensor) -> "FusedResNet8 | None":
+    """Return a float32 network on the CPU, folded and fused, if it computes the same of a batch of images.
 
     `images` are (N, C, H, W) float32, as the network is fed them, all batches' height and width. The fused
     network's probabilities may be twice as far from the float64 network's as the plain one's, and `ROUNDING`.
     """
     try:
         with torch.inference_mode():
-            fused = FusedResNet8(folded, images.shape)
-            found = [fused(images.flip(2, 3)), folded(images)]
-            exact = copy.deepcopy(folded).double()(images.double()).softmax(1)
+            folded = fold_batch_norm(model)  # in float64
+            exact = folded(images.double()).softmax(1)
+            fused = FusedResNet8(folded.float(), images.shape)
+            found = fused(images.flip(2, 3)), model(images)
             ours, plain = ((logits.double().softmax(1) - exact).abs().max() for logits in found)
     except (AttributeError, RuntimeError, ValueError):  # no such operator, not for this CPU, an odd size
         return None

@@ -75,11 +75,14 @@ def load_checkpoint(
 
 
 def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Predictions]:
-    """Return the function that predicts all images as the command line says: `(checkpoint, name, fold)`."""
+    """Return the function that predicts all images as the command line says: `(checkpoint, name, fold)`.
+
+    It folds BatchNorm if `fold`; and of several files, in float32 on a CPU, each that `fuse` finds as exact.
+    """
     import torch
 
     from models.evaluation import inference
-    from models.evaluation.fused import FusedResNet8, fuse
+    from models.evaluation.fused import fuse
 
     device = inference.choose_device(options.device, options.dtype)
     suitable = inference.batches_for(device)
@@ -92,13 +95,14 @@ def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Pr
             found = inference.measure(model, dataset, scaling, name, batch_size, 1, path, finish)
             ran = {"device": "cpu", "dtype": model.takes["dtype"], "batch_norm_folded": None}
             return replace(found, throughput={**found.throughput, **ran}, format=model.format)
-        prepared = inference.prepare(model, device, getattr(torch, options.dtype), fold)
-        if fold and device.type == "cpu":
-            first = torch.from_numpy(scaling.of(dataset.images[:batch_size])).float()
-            prepared = fuse(prepared, first) or prepared
+        prepared = None
+        if (fold or options.compare) and (device.type, options.dtype) == ("cpu", "float32"):
+            prepared = fuse(model, torch.from_numpy(scaling.of(dataset.images[:batch_size])).float())
+        is_fused = prepared is not None
+        prepared = prepared or inference.prepare(model, device, getattr(torch, options.dtype), fold)
         found = inference.measure(prepared, dataset, scaling, name, batch_size, workers, path)
-        ran = {"device": device.type, "dtype": options.dtype, "batch_norm_folded": fold}
-        ran["fused_operators"] = isinstance(prepared, FusedResNet8)
+        ran = {"device": device.type, "dtype": options.dtype}
+        ran |= {"batch_norm_folded": fold or is_fused, "fused_operators": is_fused}
         return replace(
             found,
             throughput={**found.throughput, **ran},

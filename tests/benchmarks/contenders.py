@@ -56,12 +56,11 @@ def evaluate_folded(job: Job, fold: bool = True) -> Contender:
     from models.resnet8 import ResNet8
 
     device = inference.choose_device("cpu")
-    model = inference.prepare(ResNet8.from_checkpoint(job.pt), device, torch.float32, fold)
+    model = ResNet8.from_checkpoint(job.pt)
     batch_size, workers = inference.batches_for(device)
     mean, std = job.scaling["pytorch"]
-    if fold:
-        first = torch.from_numpy(job.normalized("pytorch")[:batch_size]).float()
-        model = fuse(model, first) or model
+    first = torch.from_numpy(job.normalized("pytorch")[:batch_size]).float()
+    model = (fold and fuse(model, first)) or inference.prepare(model, device, torch.float32, fold)
 
     def run(images: np.ndarray, size: int) -> np.ndarray:
         return inference.predict(model, images, Scaling(mean, std), size, workers)

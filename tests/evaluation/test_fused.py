@@ -1,4 +1,4 @@
-"""models/evaluation/fused.py: the folded network's own numbers, or no fused network at all."""
+"""models/evaluation/fused.py: the network's own numbers, or no fused network at all."""
 
 import pytest
 import torch
@@ -14,10 +14,6 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
-def folded(**arguments):
-    return inference.prepare(random_model(**arguments), CPU, torch.float32, fold=True)
-
-
 def images(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -31,8 +27,8 @@ def images(*shape, seed=0):
         ((5, 1, 20, 36), {"in_channels": 1, "width": 3}),
     ],
 )
-def test_it_computes_what_the_folded_network_does(shape, arguments):
-    model, batch = folded(**arguments), images(*shape)
+def test_it_computes_what_the_network_does(shape, arguments):
+    model, batch = random_model(**arguments), images(*shape)
     network = fused.fuse(model, batch)
     assert isinstance(network, fused.FusedResNet8)
     with torch.inference_mode():
@@ -43,14 +39,15 @@ def test_it_computes_what_the_folded_network_does(shape, arguments):
 
 @needs_onednn
 def test_it_is_used_as_the_folded_network_is(sample):
-    model = folded()
+    model = random_model()
     network = fused.fuse(model, torch.from_numpy(PLAIN.of(sample.images[:64])).float())
-    plain, found = (inference.predict(each, sample.images, PLAIN, 64, 2) for each in (model, network))
+    folded = inference.prepare(model, CPU, torch.float32, fold=True)
+    plain, found = (inference.predict(each, sample.images, PLAIN, 64, 2) for each in (folded, network))
     assert abs(plain - found).max() < 1e-4 and (plain.argmax(1) == found.argmax(1)).all()
 
 
 def test_a_size_that_cannot_be_turned_is_left_to_the_plain_network():
-    assert fused.fuse(folded(), images(4, 3, 30, 30)) is None
+    assert fused.fuse(random_model(), images(4, 3, 30, 30)) is None
 
 
 def test_a_cpu_or_a_pytorch_without_the_operators_is_left_to_the_plain_network(monkeypatch):
@@ -60,14 +57,14 @@ def test_a_cpu_or_a_pytorch_without_the_operators_is_left_to_the_plain_network(m
             raise error("no such operator")
 
         monkeypatch.setattr(fused.FusedResNet8, "_convolve", missing)
-        assert fused.fuse(folded(), images(4, 3, 32, 32)) is None
+        assert fused.fuse(random_model(), images(4, 3, 32, 32)) is None
 
 
 @needs_onednn
 def test_other_numbers_are_left_to_the_plain_network(monkeypatch):
     """A kernel that is not turned, as a mistake or another PyTorch could have it."""
     monkeypatch.setattr(fused, "turn", lambda model, size: model)
-    assert fused.fuse(folded(), images(4, 3, 32, 32)) is None
+    assert fused.fuse(random_model(), images(4, 3, 32, 32)) is None
 
 
 @needs_onednn
@@ -79,4 +76,4 @@ def test_a_small_difference_counts(monkeypatch):
         return convolve(network, x, name, after) * (1 + 1e-4 * (name == "conv1"))
 
     monkeypatch.setattr(fused.FusedResNet8, "_convolve", off)
-    assert fused.fuse(folded(), images(64, 3, 32, 32)) is None
+    assert fused.fuse(random_model(), images(64, 3, 32, 32)) is None
