@@ -42,9 +42,7 @@ TOGETHER = {  # how the names of tests begin that share what is made in seconds 
     "tests/test_faults.py": "keras",
     "tests/test_formats.py::test_softmax": "keras",
     "tests/test_evaluate.py": "converted",
-    **dict.fromkeys(
-        map("tests/test_training.py::test_{}".format, ("fused", "loss", "targets", "stati")), "parts"
-    ),
+    "tests/test_training.py": "training",
     "tests/evaluation/test_baseline.py": "converted",
     "tests/evaluation/test_results.py": "converted",
     "tests/evaluation/test_runtimes.py": "converted",

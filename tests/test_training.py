@@ -96,7 +96,7 @@ print(json.dumps([model(batches[0][0], training=training).numpy().tolist() for t
 
 AVERAGE = """
 for twin.EMA_MOMENTUM in (1.0, 0.0):
-    output = folder / f"{twin.EMA_MOMENTUM}.h5"
+    output = folder / "trained" / f"{twin.EMA_MOMENTUM}.h5"
     twin.train(images[:256], labels[:256], 2, output, 0, 0, 4, None)
     twin.keras.utils.set_random_seed(0)
     start, end = twin.resnet8(width=4).get_weights(), twin.keras.models.load_model(output).get_weights()
@@ -106,24 +106,29 @@ for twin.EMA_MOMENTUM in (1.0, 0.0):
 # an untrained teacher, and three epochs, one of them for the warm-up
 TRAINING = """
 twin.WARMUP_EPOCHS, twin.TEACHER_ROUNDS = 1, 2
-twin.keras.utils.set_random_seed(1)
-twin.resnet8(width=4).save(folder / "teacher.h5")
 
+def train(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    twin.keras.utils.set_random_seed(1)
+    twin.resnet8(width=4).save(folder / "teacher.h5")
+    twin.train(images[:384], labels[:384], 3, folder / "model.h5", 0, 128, 4, folder / "teacher.h5")
+    model = twin.keras.models.load_model(folder / "model.h5")
+    print(json.dumps([weight.tolist() for weight in model.get_weights()]))
+"""
+
+STOPPED = """
 class Stopped(twin.AugmentedImages):
     def on_epoch_end(self):
         if self.epoch == 2:  # Keras calls this once before the first epoch: that is the end of the second
             raise KeyboardInterrupt
         super().on_epoch_end()
 
-if sys.argv[2] == "stop":
-    twin.AugmentedImages = Stopped
+train(folder / "trained/straight")
+uninterrupted, twin.AugmentedImages = twin.AugmentedImages, Stopped
 try:
-    twin.train(images[:384], labels[:384], 3, folder / "model.h5", 0, 128, 4, folder / "teacher.h5")
+    train(folder / "trained/stopped")
 except KeyboardInterrupt:
-    print("stopped")
-else:
-    model = twin.keras.models.load_model(folder / "model.h5")
-    print(json.dumps([weight.tolist() for weight in model.get_weights()]))
+    twin.AugmentedImages = uninterrupted
 """
 
 
@@ -139,9 +144,11 @@ def run_keras(program: str, *arguments: object) -> str:
 def parts(tmp_path_factory):
     """Run what tries a part of the training, in one process: what each printed, and the logits' folder."""
     folder = tmp_path_factory.mktemp("parts")
-    printed = run_keras(BATCH_NORM + LOSS + TARGETS + STATISTICS, folder)
-    batch_norm, loss, targets, *statistics = map(json.loads, printed.splitlines()[-5:])
-    return {"batch norm": batch_norm, "loss": loss, "targets": targets, "statistics": statistics}, folder
+    printed = run_keras(BATCH_NORM + LOSS + TARGETS + STATISTICS + TRAINING + STOPPED + AVERAGE, folder)
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith(("[", "{"))]
+    batch_norm, loss, targets, first, single, weights, *averages = found
+    seen = {"batch norm": batch_norm, "loss": loss, "targets": targets, "statistics": (first, single)}
+    return {**seen, "weights": weights, "averages": averages}, folder
 
 
 def test_fused_batch_normalization_computes_what_keras_does(parts):
@@ -176,7 +183,7 @@ def test_targets_are_what_the_teacher_says_of_the_image_shown(parts):
     assert min(flipped) > 1
     assert same[1] < 0.05  # the same shift and flip by chance: 1 of 162
     assert same[2] == 1
-    assert sorted(file.name for file in folder.iterdir()) == ["logits-0.npy", "logits-1.npy"]
+    assert sorted(file.name for file in folder.glob("*.*")) == ["logits-0.npy", "logits-1.npy"]
 
 
 def test_statistics_are_those_of_the_weights(parts):
@@ -188,27 +195,21 @@ def test_statistics_are_those_of_the_weights(parts):
     assert np.array(single[1]) == pytest.approx(np.array(single[0]), abs=1e-3)
 
 
-def test_the_file_holds_the_average_of_the_weights(tmp_path):
+def test_the_file_holds_the_average_of_the_weights(parts):
     """An average that takes in nothing has the first step's weights, whose learning rate is 0."""
-    kept, moved = (
-        json.loads(line) for line in run_keras(AVERAGE, tmp_path).splitlines() if line.startswith("[")
-    )
+    kept, moved = parts[0]["averages"]
     assert max(kept) == 0
     assert min(moved) > 1e-3
 
 
-def test_stopped_training_resumes_where_it_was(tmp_path):
+def test_stopped_training_resumes_where_it_was(parts):
     """Stopped in its second epoch and started again, it goes on from the first as if it never had been."""
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    straight.mkdir()
-    stopped.mkdir()
-    expected = run_keras(TRAINING, straight, "run").splitlines()[-1]
-    assert "stopped" in run_keras(TRAINING, stopped, "stop")
+    straight, stopped = (parts[1] / "trained" / name for name in ("straight", "stopped"))
     assert not (stopped / "model.h5").exists()
-    resumed = run_keras(TRAINING, stopped, "run")
+    resumed = run_keras(TRAINING + "train(folder)", stopped)
     assert "Epoch 1/3" not in resumed
     assert "Epoch 3/3" in resumed
-    for one, other in zip(json.loads(expected), json.loads(resumed.splitlines()[-1]), strict=True):
+    for one, other in zip(parts[0]["weights"], json.loads(resumed.splitlines()[-1]), strict=True):
         assert np.array_equal(one, other)
 
     logs = [(folder / "model.training" / "log.csv").read_text() for folder in (straight, stopped)]
