@@ -57,7 +57,9 @@ class Checkpoint:
         if "mean" not in fed or "std" not in fed:
             assumed.append(self.scaling.says(self.path.name))
         read_as = [self.read_as] if self.read_as else []
-        missing = f"{self.path.with_suffix('.json').name} does not say it; assumed: {', '.join(assumed)}"
+        described_in = self.path.with_suffix(".json")
+        lacks = "does not say it" if described_in.exists() else "is not there"
+        missing = f"{described_in.name} {lacks}; assumed: {', '.join(assumed)}"
         return read_as + ([missing] if assumed else [])
 
     @property
@@ -126,13 +128,17 @@ def save_checkpoint(model: nn.Module, path: str | Path, like: str | Path) -> Non
 
     The JSON says what `like`'s says and still holds: the input, and the Keras file to compare with; sizes and
     BatchNorm's constants are the network's own. It has no SHA-256 and no verification, since `convert.py` did
-    not write it. Raises OSError, ValueError when `like`'s JSON is not as `convert.py` writes it, and
-    OutputExistsError where the JSON of `path` is that of another file, as of `x.pt` for `x.pth`.
+    not write it. Raises OSError, ValueError when `like`'s JSON is not as `convert.py` writes it, or when the
+    network's BatchNorms are folded, which nothing here would read again, and OutputExistsError where the JSON
+    of `path` is that of another file, as of `x.pt` for `x.pth`.
     """
     path, like = Path(path), Path(like)
+    network = getattr(model, "module", model)  # of a DataParallel, of an AveragedModel
+    if not isinstance(network.bn1, nn.BatchNorm2d):
+        raise ValueError(f"{path}: the network's BatchNorms are gone (folded?): save the one before")
     check_owner(path)
     kept = {key: value for key, value in read_metadata(like).items() if key not in ("sha256", "verification")}
-    kept["architecture"] = architecture_of(getattr(model, "module", model))  # DataParallel, AveragedModel
+    kept["architecture"] = architecture_of(network)
     if "file" in kept.get("source", {}):  # which is relative to the JSON
         source = os.path.relpath(like.parent / kept["source"]["file"], path.parent)
         kept["source"] = {**kept["source"], "file": source}

@@ -124,7 +124,7 @@ def test_options_may_stand_before_between_and_after_the_files(tmp_path):
 def test_checkpoint_without_json(tmp_path):
     save(random_model(), tmp_path / "model.pt")
     stdout, _ = evaluated("model.pt", cwd=tmp_path)
-    assert "model.json does not say what model.pt is fed: pixels from 0 to 255 are assumed" in stdout
+    assert "model.json is not there to say what model.pt is fed: pixels from 0 to 255 are assumed" in stdout
     assert "no Keras baseline: model.json names no source file" in stdout
 
 
@@ -348,9 +348,12 @@ def test_inputs_are_given_or_taken_from_the_checkpoint_and_said(tmp_path):
     """A fine-tuned file under a new name has no JSON: it is fed pixels, what is given, or as CHECKPOINT."""
     save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
     save(random_model(), tmp_path / "tuned.pt")
+    save(random_model(), tmp_path / "other.pt", architecture={"bn_eps": 1e-3})
+    stdout, metrics = evaluated("model.pt", "other.pt", "--no-keras", cwd=tmp_path)
+    assert "note: other.json does not say what other.pt is fed: fed as model.pt\n" in stdout
     stdout, metrics = evaluated("model.pt", "--no-keras", "--compare", "tuned.pt", cwd=tmp_path)
     assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
-    assert "note: tuned.json does not say what tuned.pt is fed: fed as model.pt\n" in stdout
+    assert "note: tuned.json is not there to say what tuned.pt is fed: fed as model.pt\n" in stdout
     fed = {"mean": [120.0] * 3, "std": [64.0] * 3}
     assert metrics["input"] == metrics["compared"][0]["input"] == fed
     written = (tmp_path / "results/metrics.txt").read_text()
@@ -361,7 +364,7 @@ def test_inputs_are_given_or_taken_from_the_checkpoint_and_said(tmp_path):
     right = metrics["pytorch"]
 
     stdout, metrics = evaluated("tuned.pt", "--no-keras", "--mean", 120, "--std", 64, 64, 64, cwd=tmp_path)
-    assert "does not say" not in stdout
+    assert "say what tuned.pt is fed" not in stdout
     assert metrics["input"] == fed and metrics["pytorch"]["loss"] == pytest.approx(right["loss"])
     stdout, metrics = evaluated("tuned.pt", "--no-keras", cwd=tmp_path)
     assert "pixels from 0 to 255 are assumed; --mean and --std say it, or a copy of the original's" in stdout

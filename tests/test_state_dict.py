@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from models.checkpoint import read_checkpoint, save_checkpoint, write_checkpoint
 from models.common.errors import OutputExistsError
+from models.equivalents import fold_batch_norm
 from models.resnet8 import ResNet8
 from models.scaling import Scaling
 from tests.evaluating import evaluated, random_model, refused, save, scaling
@@ -347,6 +348,13 @@ def test_a_network_is_saved_with_its_own_sizes_and_constants(tmp_path):
         constants = {"bn_eps": 1e-5, "bn_momentum": 0.1}
         sizes = {"num_classes": 100, "width": 4, "in_channels": 3}
         assert saved.metadata["architecture"] == {**sizes, **constants}
+
+
+def test_a_folded_network_is_not_saved(tmp_path):
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    with pytest.raises(ValueError, match=r"folded\.pt: the network's BatchNorms are gone \(folded\?\)"):
+        save_checkpoint(fold_batch_norm(random_model()), tmp_path / "folded.pt", like=tmp_path / "model.pt")
+    assert not (tmp_path / "folded.pt").exists() and not (tmp_path / "folded.json").exists()
 
 
 def test_a_saved_network_takes_no_json_of_another(tmp_path):

@@ -63,8 +63,9 @@ def load_checkpoint(
     elif "mean" not in described or "std" not in described:
         assumed = f"fed as {like.path.name}" if like else "pixels from 0 to 255 are assumed"
         checkpoint = replace(checkpoint, scaling=like.scaling) if like else checkpoint
+        lacks = "does not say" if described_in.exists() else "is not there to say"
         notes.add(
-            f"{described_in} does not say what {path.name} is fed: {assumed}"
+            f"{described_in} {lacks} what {path.name} is fed: {assumed}"
             + ("" if like else "; --mean and --std say it, or a copy of the original's .json under that name")
         )
     if "sha256" in checkpoint.metadata and not checkpoint.is_as_converted:
