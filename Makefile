@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 
 CHECKPOINT := $(if $(MODEL),$(basename $(MODEL)).pt)
 all: setup
-	$(BIN)/python convert.py $(MODEL) $(if $(MODEL),-o $(CHECKPOINT))
-	$(BIN)/python evaluate.py $(CHECKPOINT)
+	$(BIN)/python convert.py $(if $(MODEL),"$(MODEL)" -o "$(CHECKPOINT)")
+	$(BIN)/python evaluate.py $(if $(MODEL),"$(CHECKPOINT)")
 
 setup: $(VENV)/.installed
 

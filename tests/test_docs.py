@@ -1,6 +1,7 @@
 """The pages: every link and file name in them leads somewhere, and README is one that is read."""
 
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -82,12 +83,13 @@ def test_commands_in_the_pages_have_options_that_exist():
 @pytest.mark.parametrize(
     ("model", "commands"),
     [
-        ("", ["convert.py", "evaluate.py"]),
-        ("a/my.h5", ["convert.py a/my.h5 -o a/my.pt", "evaluate.py a/my.pt"]),
-        ("my.keras", ["convert.py my.keras -o my.pt", "evaluate.py my.pt"]),
+        ("", [["convert.py"], ["evaluate.py"]]),
+        ("a/my.h5", [["convert.py", "a/my.h5", "-o", "a/my.pt"], ["evaluate.py", "a/my.pt"]]),
+        ("my.keras", [["convert.py", "my.keras", "-o", "my.pt"], ["evaluate.py", "my.pt"]]),
+        ("my model.h5", [["convert.py", "my model.h5", "-o", "my model.pt"], ["evaluate.py", "my model.pt"]]),
     ],
 )
 def test_make_converts_and_evaluates_a_model(model, commands):
     shown = subprocess.run(["make", "-n", f"MODEL={model}"], cwd=ROOT, capture_output=True, text=True)
-    scripts = [line.partition("python ")[2].strip() for line in shown.stdout.splitlines() if ".py" in line]
-    assert [" ".join(line.split()) for line in scripts][-2:] == commands
+    scripts = [line.partition("python ")[2] for line in shown.stdout.splitlines() if ".py" in line]
+    assert [shlex.split(line) for line in scripts][-2:] == commands
