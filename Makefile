@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-tests
 TEACHER = checkpoints/teacher.training/teacher.h5
 DATA_DIR ?= data
 train: $(VENV)/.installed
-	$(BIN)/python -m models.keras.train --data-dir $(DATA_DIR) --width 48 --epochs 30 --holdout 5000 --output $(TEACHER) $(ARGS)
+	$(BIN)/python -m models.keras.train --data-dir $(DATA_DIR) --width 48 --epochs 32 --holdout 5000 --output $(TEACHER) $(ARGS)
 	$(BIN)/python -m models.keras.train --data-dir $(DATA_DIR) --teacher $(TEACHER) $(ARGS)
 
 bench: $(VENV)/.installed

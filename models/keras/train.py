@@ -1,6 +1,6 @@
 """Train the Keras ResNet8 on CIFAR-10, alone or with a teacher, the same network but wider.
 
-    python -m models.keras.train --data-dir DIR --width 48 --epochs 30 --holdout 5000 --output teacher.h5
+    python -m models.keras.train --data-dir DIR --width 48 --epochs 32 --holdout 5000 --output teacher.h5
     python -m models.keras.train --data-dir DIR --teacher teacher.h5 --epochs 300 --output student.h5
 
 Each trains `models/keras/resnet8.py` and writes its file; started again, it goes on from where it stopped.
