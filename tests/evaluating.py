@@ -29,6 +29,7 @@ REAL_MODEL = next(
 needs_real_model = pytest.mark.skipif(
     REAL_MODEL is None, reason="no Keras model in checkpoints/ or ../shared"
 )
+HAS_FUSED_OPERATORS = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 NOT_A_PYTHON = "/nonexistent/python"
 
 

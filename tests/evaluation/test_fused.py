@@ -5,13 +5,11 @@ import torch
 
 from models.evaluation import fused, inference
 from models.scaling import Scaling
-from tests.evaluating import random_model
+from tests.evaluating import HAS_FUSED_OPERATORS, random_model
 
 CPU = torch.device("cpu")
 PLAIN = Scaling.given(3, 120.0, 64.0)
-needs_onednn = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_convolution_pointwise"), reason="this PyTorch has no fused operators"
-)
+needs_onednn = pytest.mark.skipif(not HAS_FUSED_OPERATORS, reason="this PyTorch has no fused operators")
 
 
 def images(*shape, seed=0):
