@@ -118,9 +118,13 @@ class Worker:
             timer.cancel()
 
     def log(self) -> str:
-        """Return what the process has written to its stderr, as a terminal may print it."""
-        self.stderr.seek(0)
-        return "\n".join(map(printable, self.stderr.read().decode(errors="replace").split("\n")))
+        """Return what the process has written to its stderr, as a terminal may print it; "" once closed."""
+        try:
+            self.stderr.seek(0)
+            content = self.stderr.read()
+        except ValueError:  # the owner, in another thread, has closed it
+            return ""
+        return "\n".join(map(printable, content.decode(errors="replace").split("\n")))
 
     def close(self) -> None:
         """End the process, and remove what it has in temporary folders."""

@@ -126,6 +126,7 @@ def test_its_temporary_folder_is_removed_with_it(tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == [tmp_path / "of others"]
         with pytest.raises(WorkerError, match="ended with status -9"):
             asked.result()
+    assert other.log() == ""  # what a thread finds that comes to it after its owner closed it
 
 
 def test_time_counts_from_when_it_is_ready(monkeypatch):
