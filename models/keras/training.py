@@ -178,6 +178,9 @@ def train(
     log = work_dir / "log.csv"
     epochs_done = max(0, len(log.read_text().splitlines()) - 1) if log.exists() else 0
 
+    # At an epoch's end Keras waits for the thread that tunes tf.data, which sleeps ever longer, as long as
+    # the epoch (TensorFlow 2.21). There is nothing to tune here, and this turns it off.
+    tf.data.experimental.enable_debug_mode()
     keras.utils.set_random_seed(seed)
     model = without_softmax(resnet8(width=width, batch_norm=FusedBatchNormalization))
     teacher_model = without_softmax(keras.models.load_model(teacher, compile=False)) if teacher else None
