@@ -171,9 +171,9 @@ def test_loss_is_hintons(parts):
         return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
     of_labels = -log_softmax(logits)[range(5), range(5)]
-    of_teacher = -(np.exp(log_softmax(teacher / 4)) * log_softmax(logits / 4)).sum(axis=1)
+    of_teacher = -(np.exp(log_softmax(teacher / 2)) * log_softmax(logits / 2)).sum(axis=1)
     assert alone == pytest.approx(of_labels, rel=1e-5)
-    assert taught == pytest.approx(0.1 * of_labels + 0.9 * 16 * of_teacher, rel=1e-5)
+    assert taught == pytest.approx(0.1 * of_labels + 0.9 * 4 * of_teacher, rel=1e-5)
 
 
 def test_targets_are_what_the_teacher_says_of_the_image_shown(parts):

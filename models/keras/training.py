@@ -23,7 +23,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-3
 CROP_PADDING = 4  # pixels, black
 EMA_MOMENTUM = 0.999  # of the average of the weights, a step: the last 2.5 epochs or so
-TEMPERATURE = 4.0  # of the teacher's and the student's probabilities
+TEMPERATURE = 2.0  # of the teacher's and the student's probabilities
 TEACHER_WEIGHT = 0.9  # of the teacher's part of the loss; the rest is the labels'
 TEACHER_ROUNDS = 16  # ways each image is shifted and flipped when there is a teacher: one an epoch, in turn
 
