@@ -164,7 +164,7 @@ def test_fused_batch_normalization_computes_what_keras_does(parts):
 
 
 def test_loss_is_hintons(parts):
-    """The labels' cross-entropy; with a teacher, a tenth of it and 0.9 T^2 times the teacher's at T = 4."""
+    """The labels' cross-entropy; with a teacher, a tenth of it and 0.9 T^2 times the teacher's at T = 2."""
     logits, teacher, alone, taught = map(np.array, parts[0]["loss"])
 
     def log_softmax(x):
