@@ -32,6 +32,9 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=16, help="filters of the first stage (default: 16)")
     parser.add_argument("--teacher", type=Path, help="a trained Keras file to learn from, too")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="compute in bfloat16, where the processor is fast at it"
+    )
     options = parser.parse_args()
     try:
         images, labels = load_train(options.data_dir, options.download)
@@ -49,6 +52,7 @@ def main() -> None:
             options.holdout,
             options.width,
             options.teacher,
+            options.bfloat16,
         )
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -15,7 +15,6 @@ from models.keras.resnet8 import resnet8
 
 # The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2), longer, with a warmed-up cosine schedule.
 # Keras's weight decay is decoupled from the momentum: 5e-3 is 5e-3 * (1 - 0.9) = 5e-4 in `torch.optim.SGD`.
-# All in float32: on a Xeon without AMX, bfloat16 takes 1.3 times as long at width 16 and 1.6 times at 48.
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 WARMUP_EPOCHS = 5
@@ -141,6 +140,17 @@ def without_softmax(model: keras.Model) -> keras.Model:
     return model
 
 
+def in_bfloat16(model: keras.Model) -> keras.Model:
+    """Let all layers of a ResNet8 but its last compute in bfloat16, their weights still float32; return it.
+
+    On a processor that multiplies bfloat16, an epoch then takes 0.57 of its time at width 48 and 0.68 at 16
+    (Zen 4); on a Xeon without AMX it takes longer, 1.6 and 1.3 times.
+    """
+    for layer in model.layers[:-1]:
+        layer.dtype_policy = "mixed_bfloat16"
+    return model
+
+
 def measure_statistics(model: keras.Model, batches: AugmentedImages) -> None:
     """Set every FusedBatchNormalization's moving mean and variance to their averages over `batches`.
 
@@ -165,6 +175,7 @@ def train(
     holdout: int,
     width: int,
     teacher: Path | None,
+    bfloat16: bool,
 ) -> None:
     """Train on (N, 3, 32, 32) uint8 images and their labels, less the last `holdout`, which validate.
 
@@ -184,6 +195,8 @@ def train(
     keras.utils.set_random_seed(seed)
     model = without_softmax(resnet8(width=width, batch_norm=FusedBatchNormalization))
     teacher_model = without_softmax(keras.models.load_model(teacher, compile=False)) if teacher else None
+    if bfloat16:
+        model, teacher_model = in_bfloat16(model), teacher_model and in_bfloat16(teacher_model)
     batches = AugmentedImages(images[:split], labels[:split], seed, epochs_done, teacher_model, work_dir)
     validation = (images[split:].transpose(0, 2, 3, 1).astype(np.float32), labels[split:, None])
     optimizer = keras.optimizers.SGD(
