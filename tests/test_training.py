@@ -97,10 +97,27 @@ print(json.dumps([model(batches[0][0], training=training).numpy().tolist() for t
 AVERAGE = """
 for twin.EMA_MOMENTUM in (1.0, 0.0):
     output = folder / "trained" / f"{twin.EMA_MOMENTUM}.h5"
-    twin.train(images[:256], labels[:256], 2, output, 0, 0, 4, None)
+    twin.train(images[:256], labels[:256], 2, output, 0, 0, 4, None, False)
     twin.keras.utils.set_random_seed(0)
     start, end = twin.resnet8(width=4).get_weights(), twin.keras.models.load_model(output).get_weights()
     print(json.dumps([float(np.abs(a - b).max()) for a, b in zip(start, end) if a.ndim == 4]))
+"""
+
+# the network as it is and in bfloat16: logits, the types that its layers compute in, and those of its weights
+BFLOAT16 = """
+model = twin.without_softmax(twin.resnet8(batch_norm=twin.FusedBatchNormalization))
+batch = rng.integers(0, 256, (64, 32, 32, 3)).astype(np.float32)
+twin.measure_statistics(model, twin.AugmentedImages(images, labels, 0))
+outputs = [model(batch)]
+twin.in_bfloat16(model)
+outputs += [model(batch)]
+types = [layer.compute_dtype for layer in model.layers], [weight.dtype for weight in model.weights]
+print(json.dumps([*(np.asarray(logits).tolist() for logits in outputs), outputs[1].dtype.name, *types]))
+
+# trained so, the file is as ever
+twin.train(images[:256], labels[:256], 1, folder / "trained/bfloat16.h5", 0, 0, 4, None, True)
+trained = twin.keras.models.load_model(folder / "trained/bfloat16.h5")
+print(json.dumps([layer.compute_dtype for layer in trained.layers]))
 """
 
 # an untrained teacher, and three epochs, one of them for the warm-up
@@ -111,7 +128,7 @@ def train(folder):
     folder.mkdir(parents=True, exist_ok=True)
     twin.keras.utils.set_random_seed(1)
     twin.resnet8(width=4).save(folder / "teacher.h5")
-    twin.train(images[:384], labels[:384], 3, folder / "model.h5", 0, 128, 4, folder / "teacher.h5")
+    twin.train(images[:384], labels[:384], 3, folder / "model.h5", 0, 128, 4, folder / "teacher.h5", False)
     model = twin.keras.models.load_model(folder / "model.h5")
     print(json.dumps([weight.tolist() for weight in model.get_weights()]))
 """
@@ -144,10 +161,13 @@ def run_keras(program: str, *arguments: object) -> str:
 def parts(tmp_path_factory):
     """Run what tries a part of the training, in one process: what each printed, and the logits' folder."""
     folder = tmp_path_factory.mktemp("parts")
-    printed = run_keras(BATCH_NORM + LOSS + TARGETS + STATISTICS + TRAINING + STOPPED + AVERAGE, folder)
+    printed = run_keras(
+        BATCH_NORM + LOSS + TARGETS + STATISTICS + BFLOAT16 + TRAINING + STOPPED + AVERAGE, folder
+    )
     found = [json.loads(line) for line in printed.splitlines() if line.startswith(("[", "{"))]
-    batch_norm, loss, targets, first, single, weights, *averages = found
+    batch_norm, loss, targets, first, single, bfloat16, trained, weights, *averages = found
     seen = {"batch norm": batch_norm, "loss": loss, "targets": targets, "statistics": (first, single)}
+    seen |= {"bfloat16": (*bfloat16, trained)}
     return {**seen, "weights": weights, "averages": averages}, folder
 
 
@@ -193,6 +213,15 @@ def test_statistics_are_those_of_the_weights(parts):
     assert moving_mean == pytest.approx(mean, rel=1e-4, abs=1e-3)
     assert momentum == 0.99  # as it was
     assert np.array(single[1]) == pytest.approx(np.array(single[0]), abs=1e-3)
+
+
+def test_bfloat16_is_only_what_the_layers_compute_in(parts):
+    """Weights, logits and the file stay float32; the logits differ as numbers of 8 bits do."""
+    plain, rounded, of_logits, of_layers, of_weights, of_file = parts[0]["bfloat16"]
+    error = np.abs(np.array(rounded) - plain).max() / np.abs(plain).max()
+    assert 2**-16 < error < 2**-5
+    assert of_layers == ["bfloat16"] * (len(of_layers) - 1) + ["float32"]
+    assert {of_logits, *of_weights, *of_file} == {"float32"}
 
 
 def test_the_file_holds_the_average_of_the_weights(parts):
