@@ -32,6 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=16, help="filters of the first stage (default: 16)")
     parser.add_argument("--teacher", type=Path, help="a trained Keras file to learn from, too")
+    parser.add_argument("--start", type=Path, help="a trained Keras file of that width to start from")
     parser.add_argument(
         "--bfloat16", action="store_true", help="compute in bfloat16, where the processor is fast at it"
     )
@@ -53,6 +54,7 @@ def main() -> None:
             options.width,
             options.teacher,
             options.bfloat16,
+            options.start,
         )
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")

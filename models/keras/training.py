@@ -15,11 +15,13 @@ from models.keras.resnet8 import resnet8
 
 # The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2), longer, with a warmed-up cosine schedule.
 # Keras's weight decay is decoupled from the momentum: 5e-3 is 5e-3 * (1 - 0.9) = 5e-4 in `torch.optim.SGD`.
+# What a teacher says keeps a student from overfitting, so it takes less (checkpoints/README.md has the trials).
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 WARMUP_EPOCHS = 5
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-3
+STUDENT_WEIGHT_DECAY = 1.5e-3
 CROP_PADDING = 4  # pixels, black
 EMA_MOMENTUM = 0.999  # of the average of the weights, a step: the last 2.5 epochs or so
 TEMPERATURE = 2.0  # of the teacher's and the student's probabilities
@@ -176,12 +178,14 @@ def train(
     width: int,
     teacher: Path | None,
     bfloat16: bool,
+    start: Path | None = None,
 ) -> None:
     """Train on (N, 3, 32, 32) uint8 images and their labels, less the last `holdout`, which validate.
 
-    Reads the Keras file `teacher`, if there is one, whose logits are learned too. Writes `output`; the backup
-    that a stopped training resumes from, the teacher's logits, the log and the curves lie in a folder beside
-    it.
+    Reads the Keras file `teacher`, if there is one, whose logits are learned too, and `start`, if there is
+    one, whose weights the training starts from. Writes `output`; the backup that a stopped training resumes
+    from, the teacher's logits, the log and the curves lie in a folder beside it. Raises ValueError if `start`
+    is not a ResNet8 of that width.
     """
     split = len(images) - holdout
     work_dir = output.with_suffix(".training")
@@ -194,6 +198,11 @@ def train(
     tf.data.experimental.enable_debug_mode()
     keras.utils.set_random_seed(seed)
     model = without_softmax(resnet8(width=width, batch_norm=FusedBatchNormalization))
+    if start:
+        weights = keras.models.load_model(start, compile=False).get_weights()
+        if [weight.shape for weight in weights] != [weight.shape for weight in model.get_weights()]:
+            raise ValueError(f"{start}: the weights are not those of a ResNet8 of width {width}")
+        model.set_weights(weights)
     teacher_model = without_softmax(keras.models.load_model(teacher, compile=False)) if teacher else None
     if bfloat16:
         model, teacher_model = in_bfloat16(model), teacher_model and in_bfloat16(teacher_model)
@@ -208,7 +217,7 @@ def train(
         ),
         momentum=MOMENTUM,
         nesterov=True,
-        weight_decay=WEIGHT_DECAY,
+        weight_decay=STUDENT_WEIGHT_DECAY if teacher else WEIGHT_DECAY,
         use_ema=True,  # Keras puts the averages in the place of the weights at the end
         ema_momentum=EMA_MOMENTUM,
     )
