@@ -103,6 +103,19 @@ for twin.EMA_MOMENTUM in (1.0, 0.0):
     print(json.dumps([float(np.abs(a - b).max()) for a, b in zip(start, end) if a.ndim == 4]))
 """
 
+# from the file of the last training, whose start an average that takes in nothing keeps; from a wider network
+START = """
+twin.EMA_MOMENTUM = 1.0
+started = folder / "trained" / "started.h5"
+twin.train(images[:256], labels[:256], 1, started, 1, 0, 4, None, False, output)
+start, end = (twin.keras.models.load_model(file).get_weights() for file in (output, started))
+try:
+    twin.train(images[:256], labels[:256], 1, folder / "trained/wider.h5", 1, 0, 8, None, False, output)
+except ValueError as error:
+    refused = str(error)
+print(json.dumps([[float(np.abs(a - b).max()) for a, b in zip(start, end) if a.ndim == 4], refused]))
+"""
+
 # the network as it is and in bfloat16: logits, the types that its layers compute in, and those of its weights
 BFLOAT16 = """
 model = twin.without_softmax(twin.resnet8(batch_norm=twin.FusedBatchNormalization))
@@ -162,12 +175,12 @@ def parts(tmp_path_factory):
     """Run what tries a part of the training, in one process: what each printed, and the logits' folder."""
     folder = tmp_path_factory.mktemp("parts")
     printed = run_keras(
-        BATCH_NORM + LOSS + TARGETS + STATISTICS + BFLOAT16 + TRAINING + STOPPED + AVERAGE, folder
+        BATCH_NORM + LOSS + TARGETS + STATISTICS + BFLOAT16 + TRAINING + STOPPED + AVERAGE + START, folder
     )
     found = [json.loads(line) for line in printed.splitlines() if line.startswith(("[", "{"))]
-    batch_norm, loss, targets, first, single, bfloat16, trained, weights, *averages = found
+    batch_norm, loss, targets, first, single, bfloat16, trained, weights, *averages, start = found
     seen = {"batch norm": batch_norm, "loss": loss, "targets": targets, "statistics": (first, single)}
-    seen |= {"bfloat16": (*bfloat16, trained)}
+    seen |= {"bfloat16": (*bfloat16, trained), "start": start}
     return {**seen, "weights": weights, "averages": averages}, folder
 
 
@@ -229,6 +242,13 @@ def test_the_file_holds_the_average_of_the_weights(parts):
     kept, moved = parts[0]["averages"]
     assert max(kept) == 0
     assert min(moved) > 1e-3
+
+
+def test_training_starts_from_a_file_of_its_width(parts):
+    """The weights of the first step, whose learning rate is 0, are the file's; another width is refused."""
+    moved, refused = parts[0]["start"]
+    assert max(moved) == 0
+    assert refused.endswith("0.0.h5: the weights are not those of a ResNet8 of width 8")
 
 
 def test_stopped_training_resumes_where_it_was(parts):

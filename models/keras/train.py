@@ -56,7 +56,7 @@ def main() -> None:
             options.bfloat16,
             options.start,
         )
-    except (DataError, OSError) as error:
+    except (DataError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -15,7 +15,7 @@ from models.keras.resnet8 import resnet8
 
 # The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2), longer, with a warmed-up cosine schedule.
 # Keras's weight decay is decoupled from the momentum: 5e-3 is 5e-3 * (1 - 0.9) = 5e-4 in `torch.optim.SGD`.
-# What a teacher says keeps a student from overfitting, so it takes less (checkpoints/README.md has the trials).
+# A student takes less, since it is short of its teacher on the images that it learns (checkpoints/README.md).
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 WARMUP_EPOCHS = 5
