@@ -63,7 +63,7 @@ def test_readme_is_short_and_its_start_holds_what_one_looks_for():
         "make ",
         "convert.py model.h5",
         "evaluate.py model.pt",
-        "89.06 %",
+        "89.39 %",
         "](checkpoints/report.png)",
     ):
         assert found in start
