@@ -103,17 +103,24 @@ for twin.EMA_MOMENTUM in (1.0, 0.0):
     print(json.dumps([float(np.abs(a - b).max()) for a, b in zip(start, end) if a.ndim == 4]))
 """
 
-# from the file of the last training, whose start an average that takes in nothing keeps; from a wider network
+# from the file of the last training, whose start an average that takes in nothing keeps; from one of another
+# width, and from one with code in it
 START = """
 twin.EMA_MOMENTUM = 1.0
 started = folder / "trained" / "started.h5"
 twin.train(images[:256], labels[:256], 1, started, 1, 0, 4, None, False, output)
 start, end = (twin.keras.models.load_model(file).get_weights() for file in (output, started))
-try:
-    twin.train(images[:256], labels[:256], 1, folder / "trained/wider.h5", 1, 0, 8, None, False, output)
-except ValueError as error:
-    refused = str(error)
-print(json.dumps([[float(np.abs(a - b).max()) for a, b in zip(start, end) if a.ndim == 4], refused]))
+pixels = twin.keras.Input((32, 32, 3))
+code = folder / "trained" / "code.h5"
+twin.keras.Model(pixels, twin.keras.layers.Lambda(lambda x: x)(pixels)).save(code)
+refused = []
+for size, file in ((8, output), (4, code)):
+    try:
+        twin.train(images[:256], labels[:256], 1, code.with_name("refused.h5"), 1, 0, size, None, False, file)
+    except twin.KerasFileError as error:
+        refused.append(str(error))
+left = [file.name for file in code.parent.glob("*refused*")]
+print(json.dumps([[float(np.abs(a - b).max()) for a, b in zip(start, end) if a.ndim == 4], refused, left]))
 """
 
 # the network as it is and in bfloat16: logits, the types that its layers compute in, and those of its weights
@@ -245,10 +252,15 @@ def test_the_file_holds_the_average_of_the_weights(parts):
 
 
 def test_training_starts_from_a_file_of_its_width(parts):
-    """The weights of the first step, whose learning rate is 0, are the file's; another width is refused."""
-    moved, refused = parts[0]["start"]
+    """The weights of the first step, whose learning rate is 0, are the file's.
+
+    A file of another width, or with code in it, is refused, and nothing is written.
+    """
+    moved, (of_width, of_code), left = parts[0]["start"]
     assert max(moved) == 0
-    assert refused.endswith("0.0.h5: the weights are not those of a ResNet8 of width 8")
+    assert of_width.endswith("0.0.h5: the weights are not those of a ResNet8 of width 8")
+    assert "code.h5: " in of_code and "Lambda" in of_code
+    assert left == []
 
 
 def test_stopped_training_resumes_where_it_was(parts):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from data.cifar10 import DataError, load_train
+from models.common.errors import KerasFileError
 from models.common.terminal import Parser, beside_the_scripts
 
 
@@ -56,7 +57,7 @@ def main() -> None:
             options.bfloat16,
             options.start,
         )
-    except (DataError, OSError, ValueError) as error:
+    except (DataError, KerasFileError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -11,7 +11,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from models.common.errors import KerasFileError
+from models.keras.file import read_keras_file, start_reader
 from models.keras.resnet8 import resnet8
+from models.keras.server import rebuild
 
 # The recipe: the usual CIFAR-10 one (He et al. 2015, section 4.2), longer, with a warmed-up cosine schedule.
 # Keras's weight decay is decoupled from the momentum: 5e-3 is 5e-3 * (1 - 0.9) = 5e-4 in `torch.optim.SGD`.
@@ -136,6 +139,21 @@ def accuracy(targets: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     return keras.metrics.sparse_categorical_accuracy(targets[:, 0], logits)
 
 
+def read_model(path: Path) -> keras.Model:
+    """Return the model of a Keras file, as our reader found it: Keras would run code from the file.
+
+    Raises KerasFileError with one line when it cannot be read, or holds weights alone.
+    """
+    try:
+        with start_reader() as reader:
+            file = read_keras_file(path, reader)
+    except KerasFileError as error:  # which does not name the file
+        raise KerasFileError(f"{path}: {error}") from None
+    if file.config is None:
+        raise KerasFileError(f"{path}: holds weights alone, expected a whole model")
+    return rebuild(file.layers)[0]
+
+
 def without_softmax(model: keras.Model) -> keras.Model:
     """Let a ResNet8 return logits, as the losses want them; return it."""
     model.layers[-1].activation = keras.activations.linear
@@ -184,12 +202,11 @@ def train(
 
     Reads the Keras file `teacher`, if there is one, whose logits are learned too, and `start`, if there is
     one, whose weights the training starts from. Writes `output`; the backup that a stopped training resumes
-    from, the teacher's logits, the log and the curves lie in a folder beside it. Raises ValueError if `start`
-    is not a ResNet8 of that width.
+    from, the teacher's logits, the log and the curves lie in a folder beside it. Raises KerasFileError,
+    before it writes anything, if it cannot read one of the two or `start` is not a ResNet8 of that width.
     """
     split = len(images) - holdout
     work_dir = output.with_suffix(".training")
-    work_dir.mkdir(parents=True, exist_ok=True)
     log = work_dir / "log.csv"
     epochs_done = max(0, len(log.read_text().splitlines()) - 1) if log.exists() else 0
 
@@ -199,11 +216,12 @@ def train(
     keras.utils.set_random_seed(seed)
     model = without_softmax(resnet8(width=width, batch_norm=FusedBatchNormalization))
     if start:
-        weights = keras.models.load_model(start, compile=False).get_weights()
+        weights = read_model(start).get_weights()
         if [weight.shape for weight in weights] != [weight.shape for weight in model.get_weights()]:
-            raise ValueError(f"{start}: the weights are not those of a ResNet8 of width {width}")
+            raise KerasFileError(f"{start}: the weights are not those of a ResNet8 of width {width}")
         model.set_weights(weights)
-    teacher_model = without_softmax(keras.models.load_model(teacher, compile=False)) if teacher else None
+    teacher_model = without_softmax(read_model(teacher)) if teacher else None
+    work_dir.mkdir(parents=True, exist_ok=True)
     if bfloat16:
         model, teacher_model = in_bfloat16(model), teacher_model and in_bfloat16(teacher_model)
     batches = AugmentedImages(images[:split], labels[:split], seed, epochs_done, teacher_model, work_dir)
