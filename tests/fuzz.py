@@ -93,14 +93,16 @@ def run(files: Path, count: int, seed: int, keep: Path | None = None) -> tuple[C
                 for file in outputs.iterdir():
                     file.unlink()
             message = result.removeprefix(f"{path}: ")
-            if keep and (result == "failed" or "HDF5 library" in message):
+            short = result if result in ("converted", "failed") else "refused"
+            if short == "refused" and reader.process.poll() is not None:
+                short = "crashed the reader"
+            if keep and short in ("failed", "crashed the reader"):
                 (keep / f"{seed}-{number}").write_bytes(content)
             if keep:
                 message = repr(message)[1:-1]
                 with (keep / "messages.txt").open("a") as log:
                     log.write(f"{seed}-{number}\t{name}\t{kind}\t{message}\n")
-            short = result if result in ("converted", "failed") else "refused"
-            counts[kind, "crashed the reader" if "HDF5 library fails" in result else short] += 1
+            counts[kind, short] += 1
     return counts, failures
 
 

@@ -49,9 +49,7 @@ def test_turned_pads_symmetrically_and_has_layers_of_pytorch_alone():
 
 @pytest.mark.parametrize("size", [(33, 32), (32, 31), (30, 32), (6, 6)])
 def test_turned_refuses_sizes_on_which_it_would_differ(size):
-    with pytest.raises(
-        ValueError, match=f"images of {size[0]} x {size[1]} pixels: both must be multiples of 4"
-    ):
+    with pytest.raises(ValueError, match=rf"\b{size[0]}\b.*\b{size[1]}\b"):
         turn(random_model(), size)
     model, images = random_model(), torch.rand(1, 3, *size)
     with torch.inference_mode(), contextlib.suppress(RuntimeError):  # so that the refusal is a needed one

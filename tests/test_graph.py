@@ -116,23 +116,11 @@ def test_known_multiply_accumulates(width):
     assert sum(counted) == KNOWN_WIDTHS[width][1]
 
 
-KNOWN = {  # (SHA-256, network, image size) -> what is said of it
-    (
-        "other",
-        (10, 16, 3),
-        (32, 32),
-    ): "  width 16: the shape of MLPerf Tiny IC01; 12.5 M multiply-accumulates\n",
-    (
-        "other",
-        (10, 40, 3),
-        (32, 32),
-    ): "  width 40: the shape of MLPerf Tiny IC02; 76.5 M multiply-accumulates\n",
-    (
-        "other",
-        (10, 26, 3),
-        (32, 32),
-    ): "  width 26: the shape of pretrainedResnet.h5 for some weeks of 2026; 32.6 M multiply-accumulates\n",
-    (*KNOWN_FILES, (10, 16, 3), (32, 32)): "  MLPerf Tiny IC01; 12.5 M multiply-accumulates\n",
+KNOWN = {  # (SHA-256, network, image size) -> what is named of it
+    ("other", (10, 16, 3), (32, 32)): "16 IC01 12.5",
+    ("other", (10, 40, 3), (32, 32)): "40 IC02 76.5",
+    ("other", (10, 26, 3), (32, 32)): "26 pretrainedResnet.h5 32.6",
+    (*KNOWN_FILES, (10, 16, 3), (32, 32)): "IC01 12.5",
     ("other", (10, 17, 3), (32, 32)): "",
     ("other", (100, 16, 3), (32, 32)): "",
     ("other", (10, 16, 1), (32, 32)): "",
@@ -144,9 +132,16 @@ KNOWN = {  # (SHA-256, network, image size) -> what is said of it
 @pytest.mark.parametrize("known", KNOWN)
 def test_which_model_it_is(capsys, known):
     sha256, network, size = known
-    with torch.device("meta"):
-        print_known(SimpleNamespace(sha256=sha256, input_shape=[*size, network[2]]), ResNet8(*network))
-    assert capsys.readouterr().out == KNOWN[known]
+
+    def said_of(sha256):
+        with torch.device("meta"):
+            print_known(SimpleNamespace(sha256=sha256, input_shape=[*size, network[2]]), ResNet8(*network))
+        return capsys.readouterr().out
+
+    said = said_of(sha256)
+    assert len(said.splitlines()) == bool(KNOWN[known])
+    assert all(word in said for word in KNOWN[known].split())
+    assert (said == said_of("other")) == (sha256 == "other")  # a shape may be another's
 
 
 def test_which_file_it_is(reader, tmp_path, capsys):
@@ -154,7 +149,7 @@ def test_which_file_it_is(reader, tmp_path, capsys):
         pytest.skip(f"{SHARED_FILE} is not there")
     convert_file(SHARED_FILE, tmp_path / "model.pt", reader)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(": Keras 2.4.0 .h5 whole model") and lines[1].startswith("  MLPerf Tiny IC01; ")
+    assert "2.4.0" in lines[0] and "IC01" in lines[1]
 
 
 # The graph, not the order or the names
@@ -269,39 +264,39 @@ def test_refuses_what_computes_something_else(keras_files, refusal, name, suffix
     words = set(re.findall(r"[\w.-]+", message.lower()))
     missing = [word for word in REFUSED[name][1].lower().split() if not any(word in found for found in words)]
     assert not missing, f"{missing} not in: {message}"
-    assert "damaged" not in message and "Error" not in message, message
+    assert "Error" not in message, message
 
 
 def test_another_network_is_told_that_first(keras_files, refusal):
     """And a ResNet8 with one odd layer is told of that layer."""
     for name in ("perceptron", "depthwise_separable", "two_stages"):
         message = refusal(keras_files / "keras" / "refused" / f"{name}.keras")
-        assert message.startswith(
-            "not a ResNet8, which has 9 Conv2D, 1 Dense, 7 BatchNormalization; here are "
-        )
-    assert refusal(keras_files / "keras" / "refused" / "conv_tanh.keras").startswith("layer 'odd' (Conv2D): ")
+        counts = re.findall(r"\b\d+\b", message)[:6]  # what it has, and a ResNet8
+        assert {"9", "1", "7"} <= set(counts), message
+    message = refusal(keras_files / "keras" / "refused" / "conv_tanh.keras")
+    assert "odd" in message and "BatchNormalization" not in message
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", WEIGHTS_ALONE_REFUSED)
 def test_refuses_weights_alone_of_another_network(keras_files, refusal, name, writer):
     message = refusal(keras_files / writer / "refused" / f"{name}.weights.h5")
-    assert all(word in message for word in WEIGHTS_ALONE_REFUSED[name].split()), message
+    words = WEIGHTS_ALONE_REFUSED[name].split()
+    assert all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message) for word in words), message
 
 
 @pytest.mark.parametrize("name", ["no_scale", "no_center"])
 def test_refuses_weights_alone_that_are_not_unique(keras_files, refusal, name):
     """Three vectors may be gamma or beta with the statistics: only names could tell."""
-    assert "gamma or beta" in refusal(keras_files / "keras" / f"{name}.weights.h5")
+    message = refusal(keras_files / "keras" / f"{name}.weights.h5")
+    assert all(word in message for word in ("batch_normalization", "gamma", "beta")), message
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_refuses_weights_alone_of_nested_models(keras_files, refusal, writer):
     """Running numbers order the layers of one model, but not those of a model and of another inside it."""
     message = refusal(keras_files / writer / "nested_stages.weights.h5")
-    assert re.search(
-        r"'batch_normalization', 'functional/batch_normalization'.*do not say which is first", message
-    )
+    assert "functional/batch_normalization" in message and "(4,)" in message
 
 
 def test_refuses_channels_first(keras_files, refusal, tmp_path):
@@ -313,9 +308,8 @@ def test_refuses_channels_first(keras_files, refusal, tmp_path):
         changed = config.replace('"data_format": "channels_last"', '"data_format": "channels_first"', 1)
         assert changed != config
         file.attrs["model_config"] = changed
-    assert re.search(
-        r"layer 'conv2d.*data_format is 'channels_first', expected 'channels_last'", refusal(path)
-    )
+    message = refusal(path)
+    assert all(word in message for word in ("conv2d", "data_format", "channels_first", "channels_last"))
 
 
 # The configuration of a model in a model
@@ -328,7 +322,7 @@ def test_layer_called_as_another_inside_a_model_is_refused(edited, refusal):
         return json.loads(json.dumps(config).replace('"drop"', '"m/odd"'))
 
     message = refusal(edited(edit_config(change), "refused/nested_tanh.h5"))
-    assert message == "layer 'm/odd' is there twice: by its name, and in a model by its path"
+    assert "m/odd" in message
 
 
 def test_model_inside_that_is_called_with_two_inputs_is_refused(edited, refusal):
@@ -340,7 +334,7 @@ def test_model_inside_that_is_called_with_two_inputs_is_refused(edited, refusal)
         call["args"] = [call["args"] * 2]
 
     message = refusal(edited(edit_config(change), "nested.h5"))
-    assert re.fullmatch(r"model '\w+' has 2 inputs; a ResNet8 has one", message)
+    assert "functional" in message and re.search(r"\b2\b", message)
 
 
 def test_input_that_is_no_input_layer_is_refused(edited, refusal):
@@ -349,8 +343,8 @@ def test_input_that_is_no_input_layer_is_refused(edited, refusal):
     def change(config):
         config["config"]["input_layers"] = ["re_lu", 0, 0]
 
-    assert re.fullmatch(r"layer 're_lu' \(ReLU\) is an input, expected an InputLayer",
-                        refusal(edited(edit_config(change))))  # fmt: skip
+    message = refusal(edited(edit_config(change)))
+    assert "re_lu" in message and "InputLayer" in message
 
 
 def test_layer_with_two_names_is_refused(edited, refusal):
@@ -360,7 +354,8 @@ def test_layer_with_two_names_is_refused(edited, refusal):
         first, second = [entry for entry in config["config"]["layers"] if entry["class_name"] == "ReLU"][:2]
         first["config"]["name"], second["config"]["name"] = "re_lu_1", "re_lu"
 
-    assert refusal(edited(edit_config(change))) == "layer 're_lu' is also called 're_lu_1'"
+    message = refusal(edited(edit_config(change)))
+    assert re.search(r"\bre_lu\b", message) and "re_lu_1" in message
 
 
 @pytest.mark.parametrize("epsilon", [-1.0, float("nan"), "0.001", None, True, 10**400, [0.001]])
@@ -382,6 +377,4 @@ def test_rescaling_that_is_none_is_refused(edited, refusal, options):
         (layer,) = [layer for layer in config["config"]["layers"] if layer["class_name"] == "Rescaling"]
         layer["config"] |= options
 
-    assert refusal(edited(edit_config(change), "rescaling.h5")).startswith(
-        "the input scaling comes to mean ["
-    )
+    assert "inf" in refusal(edited(edit_config(change), "rescaling.h5"))

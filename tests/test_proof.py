@@ -163,20 +163,23 @@ def test_verification_names_the_first_wrong_layer(
     with pytest.raises(VerificationError) as caught:
         convert_file(reference_files / "odd.h5", output, reader, keras, **INPUT)
     message = str(caught.value)
-    assert re.match(
-        rf"the first difference from Keras is in {re.escape(place)}( \(Keras's '\w+'\))?: ", message
-    )
-    assert " in float64, at most " in message and len(message.splitlines()) == 1
-    assert "  numbers     failed\n" in capsys.readouterr().out
+    assert names_place(message, place) and "float64" in message and len(message.splitlines()) == 1
+    assert re.search(r"numbers +failed", capsys.readouterr().out)
     assert untouched()
+
+
+def names_place(message, place):
+    """See whether a message names a place, and not another whose name ends or begins as this one's."""
+    return re.search(rf"(?<![\w.]){re.escape(place)}(?!\w|\.\w)", message)
 
 
 def test_verification_names_keras_layer(reference_files, reader, keras, tmp_path, monkeypatch):
     """The name in the message is the layer's in the Keras file."""
     name = match_graph(read_keras_file(reference_files / "odd.h5", reader))["layer2.bn2"].name
     MISTAKES["one epsilon"][0](monkeypatch)
-    with pytest.raises(VerificationError, match=rf"in layer2\.bn2 \(Keras's '{name}'\)"):
+    with pytest.raises(VerificationError) as caught:
         convert_file(reference_files / "odd.h5", tmp_path / "model.pt", reader, keras, **INPUT)
+    assert "layer2.bn2" in str(caught.value) and name in str(caught.value)
 
 
 def test_verification_counts_parameters(reference_files, reader, keras, old_outputs, monkeypatch, capsys):
@@ -187,11 +190,11 @@ def test_verification_counts_parameters(reference_files, reader, keras, old_outp
     assert (trainable, statistics) == count_parameters(ResNet8(7, 4, 4))
     for wrong in ({"trainable": trainable + 4}, {"statistics": statistics - 4}):
         monkeypatch.setattr(keras, "load", lambda file, wrong=wrong: {**loaded, **wrong})
-        with pytest.raises(
-            VerificationError, match=r"Keras has [\d,]+ trainable .* PyTorch [\d,]+ and [\d,]+"
-        ):
+        with pytest.raises(VerificationError) as caught:
             convert_file(reference_files / "odd.h5", output, reader, keras, **INPUT)
-    assert "  parameters  failed\n" in capsys.readouterr().out
+        counts = [trainable, statistics, *wrong.values()]
+        assert all(f"{count:,}" in str(caught.value) for count in counts)
+    assert re.search(r"parameters +failed", capsys.readouterr().out)
     assert untouched()
 
 
@@ -269,7 +272,8 @@ def test_large_activations_have_a_larger_bound(large, reader, keras, tmp_path, c
     assert 0 < results["float64"]["activations"] <= 1e-10 and results["float64"]["probabilities"] <= 1e-12
     reach = results["largest_activation"]
     assert reach > 1e5
-    assert f"activations reach {reach:,.0f}: differences are those of 2,000\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{reach:,.0f}" in printed and "2,000" in printed
 
 
 SMALL_MISTAKES = {
@@ -301,11 +305,10 @@ def test_small_mistakes_among_large_activations_are_found(
 ):
     make, place = SMALL_MISTAKES[mistake]
     make(monkeypatch)
-    found = (
-        rf"^the first difference from Keras is in {re.escape(place)} \(.* in float64, at most 1e-10 expected"
-    )
-    with pytest.raises(VerificationError, match=found):
+    with pytest.raises(VerificationError) as caught:
         convert_file(large, tmp_path / "model.pt", reader, keras, **PLAIN)
+    message = str(caught.value)
+    assert names_place(message, place) and "float64" in message and "1e-10" in message
 
 
 @pytest.mark.parametrize("usual", [1e-3, 1.0, 1999.0])
@@ -335,9 +338,11 @@ def test_a_half_precision_input_rounds(keras_files, reader, keras, tmp_path, cap
     """Pixels are exact in it; what they are scaled to is not, and then Keras computes something else."""
     path = keras_files / "keras" / "float16.h5"
     convert_file(path, tmp_path / "model.pt", reader, keras, **PLAIN)
-    assert "note: float16 input: Keras rounds what it is fed" in capsys.readouterr().out
-    with pytest.raises(VerificationError, match=r"first difference from Keras is in conv1 .* in float64"):
+    note = read_keras_file(path, reader).notes[0]
+    assert "float16" in note and note in capsys.readouterr().out
+    with pytest.raises(VerificationError) as caught:
         convert_file(path, tmp_path / "model.pt", reader, keras, mean=[0.0], std=[255.0])
+    assert names_place(str(caught.value), "conv1") and "float64" in str(caught.value)
     float32 = keras.predict(np.full((1, 3, 16, 16), 100.1), Scaling.given(3))
     assert np.array_equal(float32, keras.predict(np.full((1, 3, 16, 16), 100.125), Scaling.given(3)))
 
@@ -351,6 +356,7 @@ def test_one_output_in_a_dict_is_that_output(keras_files, reader, keras, tmp_pat
 def test_float32_has_its_bound(reference_files, reader, keras, old_outputs, monkeypatch):
     output, untouched = old_outputs
     monkeypatch.setitem(proof.MAX_PROBABILITY_DIFFERENCE, "float32", 1e-12)
-    with pytest.raises(VerificationError, match=r"in probabilities: .* in float32, at most 1e-12 expected"):
+    with pytest.raises(VerificationError) as caught:
         convert_file(reference_files / "odd.h5", output, reader, keras, **INPUT)
+    assert all(word in str(caught.value) for word in ("probabilities", "float32", "1e-12"))
     assert untouched()

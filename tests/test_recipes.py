@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -55,7 +56,7 @@ def test_recipe(results, name):
     found = results[name]
     assert "error" not in found, found["error"]
     if name == ALONE:
-        assert found["printed"].startswith("cat: ")  # the first bundled image shows one
+        assert found["printed"].startswith("cat")  # the first bundled image shows one
     elif name == "Fine-tune":
         assert found["accuracy"] >= found["original"]  # trained on the very images
     elif name not in ON_TFLITE:
@@ -70,8 +71,7 @@ def test_every_recipe_has_a_test():
 
 
 def test_fine_tuning_shows_loss_and_held_out_accuracy(results):
-    assert "epoch 1: loss 0." in results["Fine-tune"]["printed"]
-    assert "held out " in results["Fine-tune"]["printed"]
+    assert re.search(r"\b1\b.*\b0\.\d+\b.*\d%", results["Fine-tune"]["printed"])
 
 
 def test_pruned_weights_are_saved_and_stay_zero(results, folder):
@@ -80,8 +80,8 @@ def test_pruned_weights_are_saved_and_stay_zero(results, folder):
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     assert zeros / sum(weight.numel() for weight in weights) == pytest.approx(0.3, abs=1e-4)
-    before, after = results["Prune"]["printed"].split("pruned: ")[1].split("%")[0], results["Prune"]
-    assert "sparsity 30.00%" in after["printed"] and after["accuracy"] > float(before) / 100
+    before, sparsity, *_ = re.findall(r"[\d.]+(?=%)", results["Prune"]["printed"])
+    assert sparsity == "30.00" and results["Prune"]["accuracy"] > float(before) / 100
 
 
 # TensorFlow Lite
