@@ -142,17 +142,14 @@ def test_verified_conversion(checkpoint, command, monkeypatch):
     status, out, errors = command("odd.pt", "-v")
     assert (status, errors) == (0, [])
     lines = out.splitlines()
-    assert lines[0] == "odd.pt: PyTorch state_dict"
+    assert lines[0].startswith("odd.pt: ") and "state_dict" in lines[0]
     stages = [line.split()[0] for line in lines if re.match(r"  \w+ +passed  ", line)]
     assert stages == ["layers", "shapes", "parameters", "numbers"]
     assert "note:" not in out
-    assert "  shapes      passed  48 tensors, bit for bit the checkpoint's" in lines
+    assert re.search(r"^  shapes .*\b48\b", out, re.MULTILINE)
     assert re.search(r"^  fc -> fc\n    kernel +\(16, 7\) +\(1, 0\) +weight +\(7, 16\)$", out, re.MULTILINE)
-    assert lines[-3:] == [
-        "  the Keras model is fed (pixel - mean) / std, pixels 0 to 255,",
-        "  mean 120, 120, 120, 120; std 64, 64, 64, 64",
-        "  wrote odd.h5 and odd.h5.json",
-    ]
+    assert "120, 120, 120, 120" in out and "64, 64, 64, 64" in out
+    assert lines[-1].count("odd.h5") == 2 and "odd.h5.json" in lines[-1]
     after = files_in(checkpoint.parent)
     assert set(after) == {"odd.pt", "odd.json", "odd.h5", "odd.h5.json"}
     assert before.items() <= after.items()
@@ -160,10 +157,10 @@ def test_verified_conversion(checkpoint, command, monkeypatch):
     metadata, of_checkpoint = json.loads(after["odd.h5.json"]), json.loads(before["odd.json"])
     assert metadata["architecture"] == of_checkpoint["architecture"]
     scaling = {"mean": [120.0] * 4, "std": [64.0] * 4}
+    assert metadata["source"].pop("format") in lines[0]
     assert metadata["source"] == {
         "file": "odd.pt",
         "sha256": hashlib.sha256(before["odd.pt"]).hexdigest(),
-        "format": "PyTorch state_dict",
         "input": scaling,
     }
     assert metadata["input"] == {"layout": "NHWC", "shape": [21, 30, 4], "range": [0, 255], **scaling}
@@ -186,7 +183,7 @@ def test_written_file(keras_files, reader, keras, tmp_path, suffix):
     convert_back(tmp_path / "model.pt", output, reader, keras, verify=False)
     assert set(files_in(output.parent)) == {f"other{suffix}", f"other{suffix}.json"}
     file = read_keras_file(output, reader)
-    assert (".keras archive" in file.format) == (suffix == ".keras") and "Keras 3" in file.format
+    assert suffix in file.format and "Keras 3" in file.format
     assert sorted(layer.name for layer in file.layers) == sorted(LAYERS)
     assert file.input_shape == [16, 16, 3]
     assert file.notes == []
@@ -245,9 +242,9 @@ def test_says_what_it_assumes(checkpoint, command):
     status, out, _ = command(checkpoint, "--no-verify")
     assert status == 0
     (note,) = [line for line in out.splitlines() if "note:" in line]
-    for words in ("odd.json", "epsilon 0.001 and momentum 0.01", "32 x 32", "odd.pt is fed pixels, 0 to 255"):
-        assert words in note
-    assert "  the Keras model is fed pixels, 0 to 255\n" in out
+    for named in ("odd.json", "epsilon", "0.001", "0.01", "32", "odd.pt", "255"):
+        assert named in note
+    assert any("255" in line for line in out.splitlines() if line != note)
     metadata = json.loads((checkpoint.parent / "odd.h5.json").read_text())
     assert metadata["input"]["shape"] == [32, 32, 4] and metadata["verification"] is None
     assert (metadata["input"]["mean"], metadata["input"]["std"]) == ([0.0] * 4, [1.0] * 4)
@@ -255,12 +252,13 @@ def test_says_what_it_assumes(checkpoint, command):
     status, out, _ = command(checkpoint, "--no-verify", "--mean", 1, 2, 3, 4, "--std", 5)
     assert status == 0
     (note,) = [line for line in out.splitlines() if "note:" in line]
-    assert "32 x 32" in note and "fed" not in note
-    assert "  mean 1, 2, 3, 4; std 5, 5, 5, 5\n" in out
+    assert "32" in note and "255" not in note
+    assert "1, 2, 3, 4" in out and "5, 5, 5, 5" in out
     metadata = json.loads((checkpoint.parent / "odd.h5.json").read_text())
     assert (metadata["input"]["mean"], metadata["input"]["std"]) == ([1.0, 2.0, 3.0, 4.0], [5.0] * 4)
     status, _, errors = command(checkpoint, "--no-verify", "--mean", 1, 2)
-    assert status == 1 and "--mean has 2 values, but the model's input has 4 channels" in errors[0]
+    message = errors[0].removeprefix(f"error: {checkpoint}: ")
+    assert status == 1 and all(named in message for named in ("--mean", "2", "4"))
 
 
 def test_what_training_loops_save(checkpoint, command, reader, tmp_path):
@@ -269,7 +267,7 @@ def test_what_training_loops_save(checkpoint, command, reader, tmp_path):
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     torch.save({"epoch": 3, "model": half}, tmp_path / "epoch3.pt")
     status, out, _ = command(tmp_path / "epoch3.pt", "--no-verify")
-    assert status == 0 and "under 'model'" in out and "without 'module.'" in out and "float16" in out
+    assert status == 0 and "'model'" in out and "'module.'" in out and "float16" in out
     convert_file(tmp_path / "epoch3.h5", tmp_path / "again.pt", reader)
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert all(
@@ -293,9 +291,7 @@ def test_both_ways_in_one_call(checkpoint, keras_files, command, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
     status, out, errors = command(*(tmp_path / name for name in names), "--no-verify", "-o", tmp_path / "out")
     assert status == 1
-    assert len(errors) == 1 and errors[0].startswith(
-        f"error: {tmp_path / 'bad.pt'}: is a text file, not a state_dict"
-    )
+    assert len(errors) == 1 and errors[0].startswith(f"error: {tmp_path / 'bad.pt'}: ")
     written = {"odd.h5", "plain.pt", "gray.pt", "weights.h5"}
     jsons = {"odd.h5.json", "plain.json", "gray.json", "weights.h5.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == written | jsons
@@ -320,15 +316,15 @@ def test_nothing_that_is_not_ours_is_written_over(checkpoint, command):
 def test_usage_errors(checkpoint, keras_files, command, tmp_path):
     keras_file = keras_files / "keras" / "plain.h5"
     other = shutil.copy(checkpoint, tmp_path / "other.pt")
-    for arguments, words in {
-        (checkpoint, "-o", tmp_path / "new.pt"): "a checkpoint becomes .h5 or .keras",
-        (keras_file, "-o", tmp_path / "new.h5"): "a Keras file's",
+    for arguments, named in {
+        (checkpoint, "-o", tmp_path / "new.pt"): "new.pt",
+        (keras_file, "-o", tmp_path / "new.h5"): "new.h5",
         (keras_file, "--rescaling"): "--rescaling",
-        (checkpoint, other, "-o", tmp_path / "new.h5"): "several files need a folder",
+        (checkpoint, other, "-o", tmp_path / "new.h5"): "new.h5",
         (checkpoint, keras_file, "--rescaling", "-o", tmp_path / "out"): "--rescaling",
     }.items():
         status, _, errors = command(*arguments, "--no-verify")
-        assert status == 2 and words in errors[0], arguments
+        assert status == 2 and named in errors[0], arguments
     assert not (tmp_path / "new.h5").exists()
 
 
@@ -341,14 +337,12 @@ def test_without_keras(checkpoint, command, monkeypatch, tmp_path):
     before = files_in(checkpoint.parent)
     status, _, errors = command(checkpoint, "--no-verify", process=KerasProcess)
     assert (status, len(errors)) == (1, 1)
-    assert errors[0].startswith(
-        f"error: {checkpoint}: {sys.executable} cannot import Keras (keras is blocked)"
-    )
-    assert "install tensorflow" in errors[0] and "written by Keras" in errors[0]
+    assert errors[0].startswith(f"error: {checkpoint}: ") and sys.executable in errors[0]
+    assert "keras is blocked" in errors[0] and "tensorflow" in errors[0]
+    assert "--no-verify" not in errors[0]
     status, _, errors = command(checkpoint, "--keras-python", "/nowhere/python", process=KerasProcess)
     assert (status, len(errors)) == (1, 1)
-    assert "/nowhere/python" in errors[0] and "written by Keras" in errors[0]
-    assert "--no-verify" not in errors[0]
+    assert "/nowhere/python" in errors[0] and "--no-verify" not in errors[0]
     assert files_in(checkpoint.parent) == before
 
 
@@ -419,10 +413,7 @@ def test_refused_in_the_words_of_evaluate(command, tmp_path, capsys, kind):
 
 def test_file_that_is_none(command, tmp_path):
     status, _, errors = command(tmp_path / "missing.pt")
-    assert (status, errors) == (
-        1,
-        [f"error: {tmp_path / 'missing.pt'}: cannot be read: No such file or directory"],
-    )
+    assert (status, len(errors)) == (1, 1) and errors[0].startswith(f"error: {tmp_path / 'missing.pt'}: ")
 
 
 # --- Rescaling, and pixels -------------------------------------------------------------------------------
@@ -556,13 +547,13 @@ def test_fine_tuned_network_scores_the_same(reader, keras, sample, tmp_path, few
     # evaluate.py --keras FILE: these are two files of one model, a stranger's is named
     tuned = read_checkpoint(tmp_path / "tuned.pt")
     (tmp_path / "stranger.keras").write_bytes(b"another")
-    for file, said in (
+    for file, named in (
         (tmp_path / "tuned.keras", []),
         (BUNDLED, []),
-        (tmp_path / "stranger.keras", ["is not the file that"]),
+        (tmp_path / "stranger.keras", ["stranger.keras"]),
     ):
         find_baseline(tuned, file, notes := Notes())
-        assert len(notes.lines) == len(said) and all(words in notes.lines[0] for words in said)
+        assert len(notes.lines) == len(named) and all(name in notes.lines[0] for name in named)
 
 
 # --- Mistakes --------------------------------------------------------------------------------------------
@@ -623,35 +614,33 @@ def not_permuted_back(patch):
     patch.setattr(placing.np, "argsort", lambda axes: range(len(axes)))
 
 
-PROOF = (
-    r"the first difference from Keras is in {}( \(Keras's '\w+'\))?: \S+ in float64, at most 1e-10 expected"
-)
-MISTAKES = {  # what is done wrong -> the error, and its message
-    "no kernel permuted back": (not_permuted_back, WorkerError, r"Keras fails on the model: .*conv1"),
+PROOF = ["float64", "1e-10"]
+MISTAKES = {  # what is done wrong -> the error, and what its message names
+    "no kernel permuted back": (not_permuted_back, WorkerError, ["conv1"]),
     "a kernel's height and width swapped": (
         change_array("layer2_conv2", "kernel", lambda kernel: kernel.transpose(1, 0, 2, 3)),
         VerificationError,
-        r"layer2\.conv2\.weight is not what Keras's 'layer2_conv2' has as its kernel",
+        ["layer2.conv2.weight", "layer2_conv2", "kernel"],
     ),
     "in and out of a square kernel swapped": (
         change_array("layer3_conv2", "kernel", lambda kernel: kernel.transpose(0, 1, 3, 2)),
         VerificationError,
-        r"layer3\.conv2\.weight is not what Keras's 'layer3_conv2' has as its kernel",
+        ["layer3.conv2.weight", "layer3_conv2", "kernel"],
     ),
     "height and width swapped by the table": (
         change_table("Conv2D", {"kernel": {"axes": (3, 2, 1, 0)}}),
         VerificationError,
-        PROOF.format("conv1"),
+        ["conv1", *PROOF],
     ),
     "gamma and beta swapped": (
         change_layers(swap_gamma_and_beta),
         VerificationError,
-        r"layer1\.bn2\.weight is not what Keras's 'layer1_bn2' has as its gamma",
+        ["layer1.bn2.weight", "layer1_bn2", "gamma"],
     ),
     "gamma and beta swapped by the table": (
         change_table("BatchNormalization", {"gamma": {"parameter": "bias"}, "beta": {"parameter": "weight"}}),
         VerificationError,
-        PROOF.format("bn1"),
+        ["bn1", *PROOF],
     ),
     "mean and variance swapped by the table": (
         change_table(
@@ -659,24 +648,24 @@ MISTAKES = {  # what is done wrong -> the error, and its message
             {"moving_mean": {"parameter": "running_var"}, "moving_variance": {"parameter": "running_mean"}},
         ),
         (VerificationError, KerasFileError),
-        r"(layer 'bn1': moving_variance is negative|the first difference from Keras is in bn1 )",
+        ["bn1"],
     ),
-    "PyTorch's epsilon": (wrong_epsilon, VerificationError, PROOF.format("bn1")),
+    "PyTorch's epsilon": (wrong_epsilon, VerificationError, ["bn1", *PROOF]),
     "one epsilon": (
         change_config("layer3_bn1", epsilon=1.001e-3),
         KerasFileError,
-        r"layer 'layer3_bn1': epsilon is 0\.001001, but 0\.001 in 'bn1'",
+        ["layer3_bn1", "epsilon", "0.001001", "0.001", "bn1"],
     ),
-    "PyTorch's padding": (symmetric_padding, VerificationError, PROOF.format(r"layer2\.conv1")),
+    "PyTorch's padding": (symmetric_padding, VerificationError, ["layer2.conv1", *PROOF]),
     "no padding": (
         change_config("conv1", padding="valid"),
         KerasFileError,
-        r"layer 'conv1' \(Conv2D\): padding is 'valid', expected 'same'",
+        ["conv1", "Conv2D", "padding", "valid", "same"],
     ),
     "a bias off by one float32": (
         change_array("fc", "bias", lambda bias: np.nextafter(bias, np.float32(9))),
         VerificationError,
-        r"fc\.bias is not what Keras's 'fc' has as its bias",
+        ["fc.bias", "fc", "bias"],
     ),
 }
 
@@ -684,16 +673,15 @@ MISTAKES = {  # what is done wrong -> the error, and its message
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_is_found(checkpoint, reader, keras, monkeypatch, capsys, mistake):
     """The layer is named, and nothing is written."""
-    make, kind, message = MISTAKES[mistake]
+    make, kind, named = MISTAKES[mistake]
     before = files_in(checkpoint.parent)
     make(monkeypatch)
     with pytest.raises(kind) as caught:
         convert_back(checkpoint, checkpoint.parent / "odd.h5", reader, keras)
-    assert re.match(message, str(caught.value)), caught.value
-    assert len(str(caught.value).splitlines()) == 1
-    assert ("  numbers     failed\n" in capsys.readouterr().out) == (
-        "the first difference" in str(caught.value)
-    )
+    message = str(caught.value)
+    assert all(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message) for name in named), message
+    assert len(message.splitlines()) == 1
+    assert ("  numbers     failed\n" in capsys.readouterr().out) == ("float64" in message)
     assert files_in(checkpoint.parent) == before
 
 
@@ -704,6 +692,6 @@ def test_wrong_rescaling_is_found(checkpoint, reader, keras, monkeypatch):
         "with_rescaling",
         lambda layers, fed: with_rescaling(layers, Scaling([-value for value in fed.mean], fed.std)),
     )
-    with pytest.raises(VerificationError, match="Rescaling layer's mean and std are"):
+    with pytest.raises(VerificationError, match="Rescaling"):
         convert_back(checkpoint, checkpoint.parent / "odd.h5", reader, keras, rescaling=True, verify=False)
     assert files_in(checkpoint.parent) == before

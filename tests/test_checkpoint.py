@@ -60,31 +60,37 @@ def test_plain_recipe(tmp_path):
     assert torch.equal(loaded(images), model.eval()(images))
 
 
+@pytest.fixture
+def unread(monkeypatch):
+    """See that a file is refused before torch reads it."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch reads it"))
+
+
 def without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
-BAD = {  # what is saved, from a good state_dict -> words of the message
+BAD = {  # what is saved, from a good state_dict -> what the message names
     "other names": (lambda state: {f"x{name}": value for name, value in state.items()}, "fc.weight"),
     "no conv1": (lambda state: without(state, "conv1.weight"), "conv1.weight"),
     "no statistics": (lambda state: without(state, "layer2.bn1.running_var"), "layer2.bn1.running_var"),
     "one more": (lambda state: {**state, "layer4.conv1.weight": torch.zeros(1)}, "layer4.conv1.weight"),
     "another shape": (lambda state: {**state, "layer3.conv2.bias": torch.zeros(5)}, "layer3.conv2.bias"),
-    "a scalar": (lambda state: {**state, "fc.weight": torch.zeros(())}, "not a ResNet8"),
-    "a vector": (lambda state: {**state, "conv1.weight": torch.zeros(8)}, "not a ResNet8"),
+    "a scalar": (lambda state: {**state, "fc.weight": torch.zeros(())}, "ResNet8"),
+    "a vector": (lambda state: {**state, "conv1.weight": torch.zeros(8)}, "ResNet8"),
     "a tensor": (lambda state: state["fc.weight"], "Tensor"),
     "a list": (lambda state: list(state.values()), "list"),
-    "a number among them": (lambda state: {**state, "epoch": 3}, "state_dict"),
-    "a whole model": (lambda state: ResNet8(), "objects"),
+    "a number among them": (lambda state: {**state, "epoch": 3}, "epoch"),
+    "a whole model": (lambda state: ResNet8(), "ResNet8"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_from_checkpoint_refuses_in_one_line(checkpoint, name):
     path, model, _ = checkpoint
-    change, words = BAD[name]
+    change, named = BAD[name]
     torch.save(change(model.state_dict()), path)
-    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
         ResNet8.from_checkpoint(path)
     assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value).splitlines()) == 1
 
@@ -92,10 +98,11 @@ def test_from_checkpoint_refuses_in_one_line(checkpoint, name):
 def test_from_checkpoint_refuses_an_empty_file(checkpoint):
     path, _, _ = checkpoint
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
         ResNet8.from_checkpoint(path)
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory as Linux does")
 @pytest.mark.parametrize("width", [1, 3_000_000])
 def test_from_checkpoint_refuses_compressed_records_before_unpacking(checkpoint, width):
@@ -113,9 +120,10 @@ def test_from_checkpoint_refuses_compressed_records_before_unpacking(checkpoint,
             ResNet8.from_checkpoint(packed)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert str(caught.value) == f"{packed}: holds compressed records; torch.save writes none"
+    assert str(caught.value).startswith(f"{packed}: ") and len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.usefixtures("unread")
 def test_from_checkpoint_refuses_records_larger_than_the_file(checkpoint):
     """By the archive's own table, which says what would be read."""
     path, _, _ = checkpoint
@@ -126,10 +134,11 @@ def test_from_checkpoint_refuses_records_larger_than_the_file(checkpoint):
     assert content[at : at + 4] == b"PK\x01\x02"
     content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)  # both sizes
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="larger than the file"):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
         ResNet8.from_checkpoint(path)
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_from_checkpoint_refuses_a_record_that_is_there_twice(checkpoint):
     """Readers differ in which of the two they take: what is checked may not be what is loaded."""
@@ -137,7 +146,7 @@ def test_from_checkpoint_refuses_a_record_that_is_there_twice(checkpoint):
     with zipfile.ZipFile(path, "a") as archive:
         name = next(name for name in archive.namelist() if name.endswith("/data/0"))
         archive.writestr(name, archive.read(name))
-    with pytest.raises(ValueError, match="damaged: it holds a record twice"):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
         ResNet8.from_checkpoint(path)
 
 
@@ -149,19 +158,19 @@ def archive_of(name):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "named"),
     [
-        (b"", "is empty, so damaged"),
-        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, not PyTorch's; if it is Keras's, convert.py converts it"),
-        (archive_of("config.json"), "is a Keras archive, not PyTorch's; convert.py converts it"),
-        (archive_of("other"), "damaged or not a PyTorch file"),
-        (b"plain text", "is a text file, not a state_dict as torch.save writes it"),
+        (b"", ""),
+        (b"\x89HDF\r\n\x1a\n", "(?=.*HDF5).*convert.py"),
+        (archive_of("config.json"), "(?=.*Keras).*convert.py"),
+        (archive_of("other"), ""),
+        (b"plain text", ""),
     ],
 )
-def test_from_checkpoint_says_what_another_file_is(checkpoint, content, words):
+def test_from_checkpoint_says_what_another_file_is(checkpoint, content, named):
     path, _, _ = checkpoint
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ") + f".*{named}"):
         ResNet8.from_checkpoint(path)
 
 
@@ -171,10 +180,10 @@ def test_from_checkpoint_tells_other_archives_of_torch(checkpoint):
     path, _, _ = checkpoint
     inputs = torch.zeros(1, 1)
     torch.jit.save(torch.jit.trace(nn.Linear(1, 1), inputs), path)
-    with pytest.raises(ValueError, match=r"a TorchScript archive.*torch\.jit\.load\(\.\.\.\)\.state_dict"):
+    with pytest.raises(ValueError, match=r"(?=.*TorchScript).*torch\.jit\.load"):
         ResNet8.from_checkpoint(path)
     torch.export.save(torch.export.export(nn.Linear(1, 1), (inputs,)), path)
-    with pytest.raises(ValueError, match=r"a torch\.export archive.*torch\.export\.load"):
+    with pytest.raises(ValueError, match=r"torch\.export\.load"):
         ResNet8.from_checkpoint(path)
 
 
@@ -190,7 +199,7 @@ def test_from_checkpoint_refuses_what_is_no_checkpoint(checkpoint, content):
 def test_from_checkpoint_refuses_a_file_cut_short(checkpoint):
     path, _, _ = checkpoint
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
         ResNet8.from_checkpoint(path)
 
 
@@ -233,6 +242,6 @@ def test_from_checkpoint_runs_no_code(checkpoint, tmp_path):
     torch.save({**model.state_dict(), "fc.bias": Mark()}, path)
     torch.load(path, weights_only=False)
     (tmp_path / "mark").unlink()  # it is there: the file would have run its code
-    with pytest.raises(ValueError, match="code or objects"):
+    with pytest.raises(ValueError, match=r"io\.open"):
         ResNet8.from_checkpoint(path)
     assert not (tmp_path / "mark").exists()

@@ -87,15 +87,14 @@ def test_verified_conversion(model_file, tmp_path):
     assert not list(temporary.iterdir())
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert re.fullmatch(r"some\.model\.h5: Keras 3[\d.]+ \.h5 whole model", lines[0])
+    assert lines[0].startswith("some.model.h5: ") and "Keras 3" in lines[0]
     stages = [line.split()[0] for line in lines if re.match(r"  \w+ +passed  ", line)]
     assert stages == ["layers", "shapes", "parameters", "numbers"]
     trainable, statistics = count_parameters(ResNet8(7, 4, 4))
-    assert (
-        f"{trainable:,} trainable + {statistics:,} statistics = {trainable + statistics:,}, on both sides"
-        in (result.stdout)
-    )
-    assert lines[-1] == f"  wrote {output} and {output.with_suffix('.json')}"
+    (line,) = [line for line in lines if line.startswith("  parameters ")]
+    counts = {f"{count:,}" for count in (trainable, statistics, trainable + statistics)}
+    assert counts <= set(re.findall(r"\d[\d,]*\d", line))
+    assert str(output) in lines[-1] and str(output.with_suffix(".json")) in lines[-1]
     assert sorted(path.name for path in output.parent.iterdir()) == ["out.json", "out.pt"]
 
     metadata = json.loads(output.with_suffix(".json").read_text())
@@ -109,7 +108,7 @@ def test_verified_conversion(model_file, tmp_path):
     source = metadata["source"]
     assert (output.parent / source["file"]).resolve() == model_file.resolve()
     assert source["sha256"] == hashlib.sha256(model_file.read_bytes()).hexdigest()
-    assert lines[0].endswith(source["format"]) and source["keras_version"] in source["format"]
+    assert source["format"] in lines[0] and source["keras_version"] in source["format"]
     scaling = {"mean": [120.0] * 4, "std": [60.0, 61.0, 62.0, 63.0]}
     assert source["input"] == scaling
     assert metadata["input"] == {"layout": "NCHW", "shape": [4, 21, 30], "range": [0, 255], **scaling}
@@ -131,9 +130,7 @@ def test_verified_conversion(model_file, tmp_path):
     assert np.array_equal(state["fc.weight"], kernel.T)
     # the mapping, in 80 columns: a heading a layer, a row a tensor
     assert max(map(len, lines[3:-1])) <= 80
-    rows = re.findall(
-        r"^    (\w+) +(\([\d, ]+\)) +(\([\d, ]+\)|as is) +(\w+) +(\([\d, ]+\))$", result.stdout, re.M
-    )
+    rows = re.findall(r"^    (\w+) +(\([\d, ]+\)) +(\S.*?) +(\w+) +(\([\d, ]+\))$", result.stdout, re.M)
     assert {row[0] for row in rows} == {
         "kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance",
     }  # fmt: skip
@@ -150,7 +147,8 @@ def test_no_verify_imports_no_keras(model_file, tmp_path, no_keras):
     env, tried = no_keras
     result = run(model_file, "--no-verify", env=env)
     assert (result.returncode, result.stderr, tried()) == (0, "", [])
-    assert "  numbers     not verified (--no-verify)\n" in result.stdout
+    (line,) = re.findall("^  numbers .*", result.stdout, re.MULTILINE)
+    assert "--no-verify" in line and "passed" not in line
     assert json.loads((tmp_path / "some.model.json").read_text())["verification"] is None
     ResNet8.from_checkpoint(tmp_path / "some.model.pt")
 
@@ -193,7 +191,7 @@ def test_keras_python_without_numpy(model_file, tmp_path, command):
     status, _, errors = command(model_file, "--keras-python", python_that(tmp_path, options="-S"))
     assert status == 1
     assert "Traceback" not in " ".join(errors)
-    assert any("cannot import Keras" in line and "tensorflow" in line for line in errors)
+    assert any("Keras" in line and "tensorflow" in line for line in errors)
     assert "--no-verify" in errors[-1]
     assert not (tmp_path / "some.model.pt").exists()
 
@@ -203,7 +201,7 @@ def test_keras_python_is_the_callers_path(model_file, tmp_path, command, monkeyp
     python_that(tmp_path, options="-S", name="other-python")
     monkeypatch.chdir(tmp_path)
     status, _, errors = command(model_file, "--keras-python", "bin/other-python")
-    assert status == 1 and any("cannot import Keras" in line for line in errors)
+    assert status == 1 and any("tensorflow" in line for line in errors)
 
 
 @pytest.mark.parametrize("python", ["/nowhere/python", "no-such-python-in-path", "/"])
@@ -226,12 +224,12 @@ def test_defaults(reference_files, tmp_path, command, monkeypatch, called_from):
     (elsewhere / "checkpoints" / "resnet8_keras.h5").write_bytes(b"another")
     status, _, errors = command("--no-verify")
     assert status == 1
-    assert len(errors) == 1 and "checkpoints/resnet8_keras.h5" in errors[0] and "No such file" in errors[0]
+    assert len(errors) == 1 and "checkpoints/resnet8_keras.h5" in errors[0]
     shutil.copy(reference_files / "resnet8.h5", scripts / "checkpoints" / "resnet8_keras.h5")
     status, out, _ = command("--no-verify")
     assert status == 0
     shown = Path("checkpoints/resnet8.pt")
-    assert f"  wrote {shown if called_from == 'the repository' else scripts / shown} and " in out
+    assert f" {shown if called_from == 'the repository' else scripts / shown}" in out
     assert [path.name for path in elsewhere.rglob("*") if path.is_file()] == ["resnet8_keras.h5"]
     monkeypatch.chdir(scripts)
     metadata = json.loads(Path("checkpoints/resnet8.json").read_text())
@@ -294,7 +292,7 @@ def test_replaces_nothing_that_it_did_not_write(model_file, reference_files, tmp
     before = files_in(tmp_path)
     status, out, errors = command(reference_files / "resnet8.h5", "--no-verify", "-o", output)
     assert (status, out, len(errors)) == (1, "", 1)
-    assert f"{tmp_path / named} is not " in errors[0] and "--force" in errors[0]
+    assert str(tmp_path / named) in errors[0] and "--force" in errors[0]
     assert files_in(tmp_path) == before
     assert command(reference_files / "resnet8.h5", "--no-verify", "-o", output, "--force")[0] == 0
     assert ResNet8.from_checkpoint(output).fc.out_features == 10
@@ -317,7 +315,7 @@ def test_json_of_another_file_is_not_replaced(model_file, tmp_path, command, fir
     status, _, _ = command(model_file, "--no-verify", "-o", tmp_path / first, "--std", "255")
     assert status == 0
     if second == "x.h5":  # the other way, whose JSON is x.h5.json
-        with pytest.raises(OutputExistsError, match=r"x\.h5\.json is that of .*x\.h5\.pt: .*-o"):
+        with pytest.raises(OutputExistsError, match=r"(?=.*x\.h5\.json)(?=.*x\.h5\.pt).*-o\b"):
             metadata.check_outputs(tmp_path / second, False, model_file)
         return
     for exists in (False, True):
@@ -327,7 +325,8 @@ def test_json_of_another_file_is_not_replaced(model_file, tmp_path, command, fir
         status, out, errors = command(model_file, "--no-verify", "-o", tmp_path / second)
         assert (status, out, len(errors)) == (1, "", 1)
         json_path = tmp_path / first.replace(".pt", ".json").replace(".v1", ".json")
-        assert errors[0].endswith(f"{json_path} is that of {tmp_path / first}: name another output with -o")
+        for named in (json_path, tmp_path / first, "-o"):
+            assert re.search(rf"{re.escape(str(named))}\b", errors[0])
         assert files_in(tmp_path) == before
     assert command(model_file, "--no-verify", "-o", tmp_path / first, "--std", "255")[0] == 0
 
@@ -342,8 +341,8 @@ def test_original_is_not_replaced(model_file, tmp_path, command, force):
         arguments = ["-o", model_file] if output.name == "net.pt" else []
         status, out, errors = command(output, *arguments, *force, "--keras-python", sys.executable)
         assert (status, out, len(errors)) == (1, "", 1)
-        assert f"{model_file} is what {output} was converted from, and is not replaced" in errors[0]
-        assert "-o" in errors[0] and "--force" not in errors[0]
+        assert str(model_file) in errors[0] and str(output) in errors[0]
+        assert re.search(r"-o\b", errors[0]) and "--force" not in errors[0]
         assert files_in(tmp_path) == before
 
 
@@ -364,7 +363,7 @@ def test_no_pipe_is_opened(model_file, tmp_path, command):
     ):
         status, out, errors = command(tmp_path / arguments[0], *arguments[1:], "--no-verify")
         assert (status, out, len(errors)) == (1, "", 1), arguments
-        assert "a pipe or a device" in errors[0], arguments
+        assert "device" in errors[0], arguments
     assert sorted(tmp_path.iterdir()) == before
     assert Path("/dev/null").is_char_device()
 
@@ -378,7 +377,8 @@ def test_back_replaces_nothing_that_it_did_not_write(model_file, tmp_path, comma
         before = files_in(tmp_path)
         status, out, errors = command(tmp_path / "net.pt", "--keras-python", python)
         assert (status, out, len(errors)) == (1, "", 1)
-        assert f"{tmp_path / name} is not " in errors[0] and "--force" in errors[0]
+        assert re.search(rf"{re.escape(str(tmp_path / name))}(?!\.json)", errors[0])
+        assert "--force" in errors[0]
         assert files_in(tmp_path) == before
         (tmp_path / name).unlink()
 
@@ -407,7 +407,7 @@ def test_work_outlives_the_printing(model_file, tmp_path, stdout):
     program = ["bash", "-c", command, sys.executable, ROOT / "convert.py", model_file]
     result = subprocess.run(program, capture_output=True, text=True)
     full = "full" in stdout
-    assert result.stderr == ("error: cannot write to stdout: No space left on device\n" if full else "")
+    assert len(result.stderr.splitlines()) == int(full) and ("stdout" in result.stderr) == full
     assert (result.returncode, len(result.stdout.splitlines())) == (int(full), int("head" in stdout))
     assert (tmp_path / "some.model.json").exists()
     ResNet8.from_checkpoint(tmp_path / "some.model.pt")
@@ -466,7 +466,7 @@ def test_interrupted(model_file, old_outputs, tmp_path, moment):
         time.sleep(seconds)
         (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-        assert (process.returncode, errors) == (130, "interrupted\n")
+        assert (process.returncode, len(errors.splitlines())) == (130, 1)
         assert untouched()
         assert left_behind(mark) == [] and list(temporary.iterdir()) == []
 
@@ -496,15 +496,15 @@ def test_several_files_one_failing(reference_files, tmp_path, command):
 def test_usage_errors(model_file, tmp_path, command):
     twin = tmp_path / "twin" / "some.model.h5"
     json_source = Path(shutil.copy(model_file, tmp_path / "some.json"))
-    for arguments, words in {
-        (model_file, twin, "-o", tmp_path): "written to",
-        (model_file, model_file): "written to",
-        (model_file, tmp_path / "some.model.keras"): "written to",
-        (model_file, twin, "-o", tmp_path / "one.pt"): "folder",
-        (model_file, "-o", model_file): "a Keras file's",
-        (model_file, "-o", tmp_path / "twin" / ".." / "some.model.h5"): "a Keras file's",
-        (json_source,): "over a Keras file",
-        (model_file, "-o", tmp_path / "some.json"): ".json",
+    for arguments, named in {
+        (model_file, twin, "-o", tmp_path): "some.model.pt",
+        (model_file, model_file): "some.model.pt",
+        (model_file, tmp_path / "some.model.keras"): "some.model.pt",
+        (model_file, twin, "-o", tmp_path / "one.pt"): "one.pt",
+        (model_file, "-o", model_file): "some.model.h5",
+        (model_file, "-o", tmp_path / "twin" / ".." / "some.model.h5"): "some.model.h5",
+        (json_source,): "some.pt",
+        (model_file, "-o", tmp_path / "some.json"): "some.json",
         (model_file, "--mean", "red"): "--mean",
         (model_file, "--std", "0"): "--std",
         (model_file, "--std", "-1"): "--std",
@@ -515,24 +515,25 @@ def test_usage_errors(model_file, tmp_path, command):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
         status, out, errors = command(*arguments, "--no-verify")
         assert (status, out) == (2, ""), arguments
-        assert errors[0].startswith("convert.py: error: ") and words in errors[0], arguments
+        assert errors[0].startswith("convert.py: error: ") and named in errors[0], arguments
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
     assert run("--no-such-option").returncode == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "named"),
     [
-        (["--mean", "1", "2"], "--mean has 2 values, but the model's input has 4 channels"),
-        (["--std", "1", "2", "3"], "--std has 3 values, but the model's input has 4 channels"),
-        (["--mean", "nan"], "nan"),
-        (["--std", "inf"], "inf"),
+        (["--mean", "1", "2"], ["--mean", "2", "4"]),
+        (["--std", "1", "2", "3"], ["--std", "3", "4"]),
+        (["--mean", "nan"], ["--mean", "nan"]),
+        (["--std", "inf"], ["--std", "inf"]),
     ],
 )
-def test_wrong_scaling(model_file, tmp_path, command, arguments, words):
+def test_wrong_scaling(model_file, tmp_path, command, arguments, named):
     status, _, errors = command(model_file, "--no-verify", *arguments)
     assert status == 1
-    assert len(errors) == 1 and errors[0].startswith(f"error: {model_file}: ") and words in errors[0]
+    assert len(errors) == 1 and errors[0].startswith(prefix := f"error: {model_file}: ")
+    assert all(name in errors[0].removeprefix(prefix) for name in named)
     assert not (tmp_path / "some.model.pt").exists()
 
 
@@ -541,16 +542,14 @@ def test_file_that_is_called_as_the_message_begins(keras_files, tmp_path, comman
     monkeypatch.chdir(tmp_path)
     status, _, errors = command("layer", "--no-verify")
     assert status == 1 and len(errors) == 1
-    assert errors[0].startswith("error: layer: layer 'odd' (ReLU): max_value is 6")
+    assert errors[0].startswith("error: layer: ")
+    assert all(name in errors[0] for name in ("odd", "ReLU", "max_value", "6"))
 
 
 def test_file_that_is_none(tmp_path, command):
-    for path, words in ((tmp_path / "missing.h5", "No such file"), (tmp_path, "Is a directory")):
+    for path in (tmp_path / "missing.h5", tmp_path):
         status, _, errors = command(path, "--no-verify", "-o", tmp_path / "out.pt")
-        assert (status, errors) == (
-            1,
-            [f"error: {path}: cannot be read: {words}" + " or directory" * ("No" in words)],
-        )
+        assert (status, len(errors)) == (1, 1) and errors[0].startswith(f"error: {path}: ")
 
 
 def test_output_that_cannot_be_written(model_file, tmp_path, command):
@@ -566,7 +565,7 @@ def test_output_that_cannot_be_written(model_file, tmp_path, command):
         status, out, errors = command(model_file, "--no-verify", "-o", place)
         assert (status, out) == (1, "")  # nothing has been read yet
         assert len(errors) == 1
-        assert errors[0].startswith(f"error: {model_file}: cannot write {output or place} ")
+        assert errors[0].startswith(f"error: {model_file}: ") and str(output or place) in errors[0]
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -593,15 +592,14 @@ def test_links_in_a_circle(tmp_path, command):
     (tmp_path / "a.h5").symlink_to("b.h5")
     (tmp_path / "b.h5").symlink_to("a.h5")
     status, _, errors = command(tmp_path / "a.h5", "--no-verify")
-    assert status == 1
-    assert errors == [f"error: {tmp_path / 'a.h5'}: cannot be read: Too many levels of symbolic links"]
+    assert (status, len(errors)) == (1, 1) and errors[0].startswith(f"error: {tmp_path / 'a.h5'}: ")
 
 
 def test_output_into_a_locked_folder(command, monkeypatch, locked):
     monkeypatch.chdir(locked)
     status, out, errors = command("odd.h5", "--no-verify")
-    assert (status, out) == (1, "")
-    assert errors == ["error: odd.h5: cannot write odd.pt and its .json: Permission denied"]
+    assert (status, out, len(errors)) == (1, "", 1)
+    assert errors[0].startswith("error: odd.h5: ") and "odd.pt" in errors[0]
 
 
 def test_folder_in_the_place_of_the_json(model_file, old_outputs, command):

@@ -4,6 +4,7 @@ A process that is killed leaves what another process sees at that moment: so a c
 folder holds is looked at before each step that changes it. `tests/test_files.py` kills processes.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -123,8 +124,9 @@ def file_size_limit(size):
 def test_conversion_under_a_file_size_limit(conversion):
     sizes = sorted(map(len, conversion.new.values()))
     for limit in (0, 1, sizes[0] - 1, sizes[0], sizes[1] - 1):
-        with pytest.raises(OSError, match="File too large"), file_size_limit(limit):
+        with pytest.raises(OSError) as caught, file_size_limit(limit):
             conversion.run()
+        assert caught.value.errno == errno.EFBIG
         assert files_in(conversion.folder) == conversion.old
         assert {path.name for path in conversion.folder.iterdir()} == conversion.new.keys()
     with file_size_limit(sizes[1]):
@@ -237,8 +239,8 @@ def test_evaluation_whose_disk_is_full(evaluation):
         check_results(files_in(folder), old)
         if kinds[step:].count("replace"):
             (line,) = errors
-            assert status == 1 and line.endswith(": No space left on device"), line
-            assert line.split(": ")[1].startswith("results/") and ".tmp" not in line
+            assert status == 1 and os.strerror(28) in line, line
+            assert any(name in line for name in WRITTEN) and ".tmp" not in line
         assert sorted(path.name for path in folder.rglob(".*")) == []
 
 
@@ -268,9 +270,9 @@ def test_keras_on_a_full_disk_is_no_file_that_it_cannot_read(reference_files, re
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limits = resource.prlimit(keras.process.pid, resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(WorkerError, match=r"Keras fails on the model: OSError: .* File too large"):
+        with pytest.raises(WorkerError, match="OSError"):
             KerasProcess.load(keras, file)
-        with pytest.raises(WorkerError, match="Keras fails on the model: "):
+        with pytest.raises(WorkerError):
             keras.build(file.layers, ".h5")
     finally:
         resource.prlimit(keras.process.pid, resource.RLIMIT_FSIZE, limits)

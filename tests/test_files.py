@@ -1,5 +1,6 @@
 """data/files.py: a file is written whole or not at all."""
 
+import errno
 import itertools
 import os
 import resource
@@ -149,9 +150,9 @@ def test_reads_regular_files_alone(old, pipe):
     )
     for read in (read_regular, sha256_of):
         for path in (pipe, Path("/dev/zero")):
-            with pytest.raises(OSError, match="Not a file, but a pipe or a device") as caught:
+            with pytest.raises(OSError) as caught:
                 read(path)
-            assert caught.value.filename == str(path)
+            assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, str(path))
         with pytest.raises(IsADirectoryError):
             read(one.parent)
     assert read_regular(Path("/proc/self/status")) == b""  # its size; reading /proc/kmsg would wait
@@ -161,9 +162,9 @@ def test_replaces_regular_files_alone(old, pipe):
     (one, _), untouched = old
     (link := one.with_name("link")).symlink_to("/dev/null")
     for path in (pipe, Path("/dev/null"), link):
-        with pytest.raises(OSError, match="Not a file, but a pipe or a device") as caught:
+        with pytest.raises(OSError) as caught:
             write_files({one: lambda target: target.write(b"1"), path: lambda target: target.write(b"2")})
-        assert caught.value.filename == str(path)
+        assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, str(path))
     assert pipe.is_fifo() and Path("/dev/null").is_char_device()
     pipe.unlink()
     link.unlink()
@@ -186,9 +187,10 @@ def test_link_stays_and_its_target_is_written(old):
 def test_links_in_a_circle(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(OSError, match="Too many levels of symbolic links") as caught:
+    with pytest.raises(OSError) as caught:
         write_atomically(tmp_path / "a", lambda target: target.write(b"content"))
-    assert caught.value.filename == str(tmp_path / "a") and (tmp_path / "a").is_symlink()
+    assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(tmp_path / "a"))
+    assert (tmp_path / "a").is_symlink()
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o664])

@@ -46,44 +46,44 @@ def pruned(model):
     return model.state_dict()
 
 
-WAYS = {  # how it is saved -> what the note says
+WAYS = {  # how it is saved -> what the note names
     "plain": (lambda model: model.state_dict(), ""),
-    "Lightning": (lightning, "under 'state_dict', without 'model.'"),
-    "loop": (loop, "under 'model_state_dict'"),
-    "under model": (lambda model: {"model": model.state_dict(), "epoch": 1}, "under 'model'"),
-    "torch.compile": (lambda model: torch.compile(model).state_dict(), "without '_orig_mod.'"),
-    "DataParallel": (lambda model: nn.DataParallel(model).state_dict(), "without 'module.'"),
-    "AveragedModel": (lambda model: AveragedModel(model).state_dict(), "without 'module.'"),
+    "Lightning": (lightning, "'state_dict' 'model.'"),
+    "loop": (loop, "'model_state_dict'"),
+    "under model": (lambda model: {"model": model.state_dict(), "epoch": 1}, "'model'"),
+    "torch.compile": (lambda model: torch.compile(model).state_dict(), "'_orig_mod.'"),
+    "DataParallel": (lambda model: nn.DataParallel(model).state_dict(), "'module.'"),
+    "AveragedModel": (lambda model: AveragedModel(model).state_dict(), "'module.'"),
     "compiled DataParallel": (
         lambda model: torch.compile(nn.DataParallel(model)).state_dict(),
-        "without '_orig_mod.', without 'module.'",
+        "'_orig_mod.' 'module.'",
     ),
     "averaged in a loop": (
         lambda model: {"state_dict": AveragedModel(model).state_dict()},
-        "under 'state_dict', without 'module.'",
+        "'state_dict' 'module.'",
     ),
-    "float16": (lambda model: copy.deepcopy(model).half().state_dict(), "float16 weights as float32"),
-    "bfloat16": (lambda model: copy.deepcopy(model).bfloat16().state_dict(), "bfloat16 weights as float32"),
-    "float64": (lambda model: copy.deepcopy(model).double().state_dict(), "float64 weights as float32"),
-    "pruned": (pruned, "pruned weights times their masks"),
-    "under net": (lambda model: {"net": model.state_dict(), "best": 0.9}, "under 'net'"),
-    "as net": (lambda model: prefixed("net.", model), "without 'net.'"),
+    "float16": (lambda model: copy.deepcopy(model).half().state_dict(), "float16 float32"),
+    "bfloat16": (lambda model: copy.deepcopy(model).bfloat16().state_dict(), "bfloat16 float32"),
+    "float64": (lambda model: copy.deepcopy(model).double().state_dict(), "float64 float32"),
+    "pruned": (pruned, "pruned"),
+    "under net": (lambda model: {"net": model.state_dict(), "best": 0.9}, "'net'"),
+    "as net": (lambda model: prefixed("net.", model), "'net.'"),
     "compiled in a module": (
         lambda model: {"net": prefixed("module.backbone.net.", model)},
-        "under 'net', without 'module.', without 'backbone.net.'",
+        "'net' 'module.' 'backbone.net.'",
     ),
-    "deep": (lambda model: {"a": {"b": {"ema": model.state_dict()}}}, "under 'a', under 'b', under 'ema'"),
+    "deep": (lambda model: {"a": {"b": {"ema": model.state_dict()}}}, "'a' 'b' 'ema'"),
     "pruned in a loop": (
         lambda model: {"weights": pruned(model)},
-        "under 'weights', pruned weights times their masks",
+        "'weights' pruned",
     ),
     "twice the same": (
         lambda model: dict.fromkeys(["model", "net"], model.state_dict()),
-        "under 'model'",
+        "'model'",
     ),
     "beside another network's": (
         lambda model: {"teacher": nn.Linear(2, 2).state_dict(), "student": model.state_dict()},
-        "under 'student'",
+        "'student'",
     ),
 }
 ROUNDED = {"float16": 0.01, "bfloat16": 0.1}  # how far a weight may be from what it was
@@ -102,14 +102,15 @@ def rightly_saved(way, model):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_training_loops_save_is_loaded_with_one_note(tmp_path, way):
-    make, note = WAYS[way]
+    make, named = WAYS[way]
     model = random_model()
     torch.save(make(model), tmp_path / "model.pt")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = ResNet8.from_checkpoint(tmp_path / "model.pt")
-    expected = [f"model.pt is read as a state_dict: {note}"] if note else []
-    assert [str(warning.message) for warning in caught] == expected
+    notes = [str(warning.message) for warning in caught]
+    assert len(notes) == bool(named)
+    assert all(name in note for note in notes for name in ("model.pt", *named.split()))
     right = rightly_saved(way, model)
     assert loaded.state_dict().keys() == right.keys()
     for key, tensor in loaded.state_dict().items():
@@ -117,19 +118,25 @@ def test_what_training_loops_save_is_loaded_with_one_note(tmp_path, way):
         assert (tensor - right[key]).abs().max() <= ROUNDED.get(way, 0), key
 
 
+def noted(stdout, *named):
+    """Whether one of the notes names all of that."""
+    notes = [line for line in stdout.splitlines() if line.startswith("note: ")]
+    return any(all(name in note for name in named) for note in notes)
+
+
 def test_evaluate_notes_it_for_the_checkpoint_and_for_what_is_compared(tmp_path):
     model = random_model()
     save(model, tmp_path / "model.pt", input=scaling(120.0, 64.0))
     torch.save(lightning(model), tmp_path / "last.ckpt")
-    torch.save(pruned(model), tmp_path / "pruned.pt")
+    torch.save(pruned(model), tmp_path / "masked.pt")
     stdout, metrics = evaluated("last.ckpt", "--no-keras", "--std", 64, "--mean", 120, cwd=tmp_path)
-    assert "note: last.ckpt is read as a state_dict: under 'state_dict', without 'model.'\n" in stdout
+    assert noted(stdout, "last.ckpt", "'state_dict'", "'model.'")
     alone = metrics["pytorch"]
-    stdout, metrics = evaluated("model.pt", "--no-keras", "--compare", "last.ckpt", "pruned.pt", cwd=tmp_path)
+    stdout, metrics = evaluated("model.pt", "--no-keras", "--compare", "last.ckpt", "masked.pt", cwd=tmp_path)
     assert alone["confusion_matrix"] == metrics["pytorch"]["confusion_matrix"]
     assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
     assert metrics["pairs"][1]["max_abs_probability_difference"] > 0
-    assert sum("is read as a state_dict" in note for note in metrics["notes"]) == 2
+    assert sum("'model.'" in note or "pruned" in note for note in metrics["notes"]) == 2
 
 
 def test_a_double_file_keeps_its_bits_in_float64(tmp_path):
@@ -155,10 +162,10 @@ def test_dtype_float64_computes_with_every_bit_of_a_double_file(tmp_path):
     arguments = ["single.pt", "--no-keras", "--compare", "double.pt"]
     stdout, metrics = evaluated(*arguments, "--dtype", "float64", cwd=tmp_path)
     assert 0 < metrics["pairs"][0]["max_abs_probability_difference"] < 1e-9
-    assert "is read as" not in stdout
+    assert not noted(stdout, "double.pt", "float64", "float32")
     stdout, metrics = evaluated(*arguments, cwd=tmp_path)
     assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
-    assert "note: double.pt is read as a state_dict: float64 weights as float32\n" in stdout
+    assert noted(stdout, "double.pt", "float64", "float32")
 
 
 def mask_alone(model):
@@ -191,97 +198,97 @@ def float8(tensor):
     return tensor.to(torch.float8_e4m3fn)
 
 
-HOW = "torch.save(model.state_dict(), ...)"
-REFUSED = {  # what is saved -> words that say what it is, and how to save it instead
+HOW = "torch.save"
+REFUSED = {  # what is saved -> what the message names of it, and of how to save it instead
     "an object beside it": (
         lambda model: {"state_dict": model.state_dict(), "hparams": Hyperparameters()},
-        ["code or objects", "Hyperparameters", HOW],
+        ["Hyperparameters", HOW],
     ),
     "the command line beside it": (
         lambda model: {"model": model.state_dict(), "args": argparse.Namespace(lr=0.1)},
-        ["code or objects, which are not loaded: argparse.Namespace", HOW],
+        ["argparse.Namespace", HOW],
     ),
-    "several": (averaged, ["holds several state_dicts, 'model', 'ema': --key NAME takes one"]),
+    "several": (averaged, ["'model'", "'ema'", "--key"]),
     "another network under its key": (
         lambda model: {"net": nn.Linear(2, 2).state_dict()},
-        ["'net' is a OrderedDict", "or one of this network under any key", HOW],
+        ["'net'", "OrderedDict", HOW],
     ),
     "too deep": (
         lambda model: {"a": {"b": {"c": {"d": model.state_dict()}}}},
-        ["'a' is a dict", HOW],
+        ["'a'", HOW],
     ),
-    "a mask alone": (mask_alone, ["conv1.weight_mask has no conv1.weight_orig"]),
-    "float8": (with_tensor("fc.weight", float8), ["fc.weight is torch.float8_e4m3fn, expected float32"]),
+    "a mask alone": (mask_alone, ["conv1.weight_mask", "conv1.weight_orig"]),
+    "float8": (with_tensor("fc.weight", float8), ["fc.weight", "float8_e4m3fn", "float32"]),
     "a mask in float8": (
         with_tensor("fc.weight_mask", float8),
-        ["fc.weight_mask is torch.float8_e4m3fn, expected float32"],
+        ["fc.weight_mask", "float8_e4m3fn", "float32"],
     ),
-    "a number as a name": (lambda model: {**model.state_dict(), 7: torch.ones(1)}, ["7 is a Tensor"]),
+    "a number as a name": (lambda model: {**model.state_dict(), 7: torch.ones(1)}, ["7", "Tensor"]),
     "NaN": (
         with_tensor("fc.weight", lambda tensor: tensor * torch.nan),
-        ["fc.weight has values that are NaN or infinite"],
+        ["fc.weight", "NaN"],
     ),
     "too large": (
         with_tensor("fc.weight", lambda tensor: tensor.double() * 1e300),
-        ["fc.weight has values too large for float32"],
+        ["fc.weight", "float32"],
     ),
     "a negative variance": (
         with_tensor("bn1.running_var", lambda tensor: -1 - tensor * 0),
-        ["bn1.running_var is negative (-1)"],
+        ["bn1.running_var", "-1"],
     ),
     "sparse": (
         with_tensor("fc.weight", lambda tensor: tensor.to_sparse()),
-        ["fc.weight has not the 640 values that its shape says"],
+        ["fc.weight", "640"],
     ),
     "expanded": (
         with_tensor("fc.weight", lambda tensor: torch.zeros(()).expand(10, 64)),
-        ["fc.weight has not the 640 values that its shape says"],
+        ["fc.weight", "640"],
     ),
     "a mask of another shape": (
         lambda model: {**pruned(model), "fc.weight_mask": torch.ones(1)},
-        ["fc.weight_mask has no fc.weight_orig of its shape"],
+        ["fc.weight_mask", "fc.weight_orig"],
     ),
     "no values": (
         with_tensor("fc.weight", lambda tensor: tensor.to("meta")),
-        ["fc.weight has no values (shape (10, 64), meta)"],
+        ["fc.weight", "(10, 64)", "meta"],
     ),
-    "width 0": (lambda model: ResNet8(width=0).state_dict(), ["has no values (shape (0,"]),
+    "width 0": (lambda model: ResNet8(width=0).state_dict(), ["(0,"]),
     "two networks": (
         lambda model: {f"{part}.{key}": value for part in "ab" for key, value in model.state_dict().items()},
-        ["fc.weight", "not a ResNet8's state_dict"],
+        ["fc.weight", "ResNet8"],
     ),
     "quantized": (
         lambda model: {**model.state_dict(), "fc.weight": torch.zeros(10, 64, dtype=torch.int8)},
-        ["fc.weight is torch.int8", "from evaluate import score"],
+        ["fc.weight", "int8", "score"],
     ),
-    "quantized tensor": (packed, ["fc.weight is quantized", "from evaluate import score"]),
+    "quantized tensor": (packed, ["fc.weight", "quantized", "score"]),
     "beside a loss's weights": (
         lambda model: {
             "criterion.weight": torch.ones(10),
             **{f"model.{name}": value for name, value in model.state_dict().items()},
         },
-        ["no tensor 'fc.weight'", "model.fc.weight is one of a larger model's: save its ResNet8 alone"],
+        ["'fc.weight'", "model.fc.weight", "ResNet8"],
     ),
-    "tensors in a list": (lambda model: list(model.parameters()), ["holds a list", HOW]),
+    "tensors in a list": (lambda model: list(model.parameters()), ["list", HOW]),
     "an optimizer": (
         lambda model: torch.optim.SGD(model.parameters()).state_dict(),
-        ["'state' is a dict", HOW],
+        ["'state'", HOW],
     ),
-    "nothing under its key": (lambda model: {"state_dict": {}, "epoch": 1}, ["not a ResNet8's state_dict"]),
-    "a number under its key": (lambda model: {"state_dict": 3}, ["expected a state_dict", HOW]),
+    "nothing under its key": (lambda model: {"state_dict": {}, "epoch": 1}, ["ResNet8"]),
+    "a number under its key": (lambda model: {"state_dict": 3}, ["'state_dict'", HOW]),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")  # of width 0
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_says_what_it_is(tmp_path, name):
-    make, words = REFUSED[name]
+    make, named = REFUSED[name]
     torch.save(make(random_model()), tmp_path / "model.pt")
     with pytest.raises(ValueError) as caught:
         ResNet8.from_checkpoint(tmp_path / "model.pt")
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'model.pt'}: ") and len(message.splitlines()) == 1
-    assert all(word in message for word in words), message
+    message, prefix = str(caught.value), f"{tmp_path / 'model.pt'}: "
+    assert message.startswith(prefix) and len(message.splitlines()) == 1
+    assert all(each in message.removeprefix(prefix) for each in named), message
 
 
 def test_safetensors_whose_metadata_is_not_as_convert_writes_it(tmp_path):
@@ -289,9 +296,7 @@ def test_safetensors_whose_metadata_is_not_as_convert_writes_it(tmp_path):
 
     said = {"input": json.dumps({"mean": "120"})}
     save_file(random_model().state_dict(), tmp_path / "model.safetensors", metadata=said)
-    with pytest.raises(
-        ValueError, match=r"model\.safetensors: input\.mean is .120., expected a list of numb"
-    ):
+    with pytest.raises(ValueError, match=r"model\.safetensors: (?=.*input\.mean).*120"):
         ResNet8.from_checkpoint(tmp_path / "model.safetensors")
 
 
@@ -303,21 +308,21 @@ def test_key_takes_one_of_several(tmp_path):
     taken = {key: read_checkpoint(tmp_path / "run.pt", key=key) for key in ("model", "ema")}
     difference = taken["ema"].model.fc.bias - taken["model"].model.fc.bias
     assert torch.allclose(difference, torch.ones(10))
-    assert taken["ema"].read_as == "run.pt is read as a state_dict: under 'ema'"
-    with pytest.raises(ValueError, match=r"--key best: .* those in the file: 'model', 'ema'"):
+    assert "run.pt" in taken["ema"].read_as and "'ema'" in taken["ema"].read_as
+    with pytest.raises(ValueError, match=r"(?=.*--key)(?=.*best)(?=.*'model').*'ema'"):
         read_checkpoint(tmp_path / "run.pt", key="best")
     files = ("plain.pt", "--no-keras", "--compare", "run.pt")
-    assert "--key NAME takes one" in refused(*files, cwd=tmp_path)
+    assert "--key" in refused(*files, cwd=tmp_path)
     stdout, metrics = evaluated(*files, "--key", "model", cwd=tmp_path)
     assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
-    assert "note: run.pt is read as a state_dict: under 'model'\n" in stdout
+    assert noted(stdout, "run.pt", "'model'")
     _, metrics = evaluated(*files, "--key", "ema", cwd=tmp_path)
     assert metrics["pairs"][0]["max_abs_probability_difference"] > 0
 
 
 def test_a_key_that_is_not_there_takes_no_other(tmp_path):
     torch.save({"model": random_model().state_dict(), "ema": {}}, tmp_path / "run.pt")
-    with pytest.raises(ValueError, match=r"--key ema: .* those in the file: 'model'"):
+    with pytest.raises(ValueError, match=r"(?=.*--key)(?=.*ema).*'model'"):
         read_checkpoint(tmp_path / "run.pt", key="ema")
 
 
@@ -352,7 +357,7 @@ def test_a_network_is_saved_with_its_own_sizes_and_constants(tmp_path):
 
 def test_a_folded_network_is_not_saved(tmp_path):
     save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
-    with pytest.raises(ValueError, match=r"folded\.pt: the network's BatchNorms are gone \(folded\?\)"):
+    with pytest.raises(ValueError, match=r"folded\.pt: .*BatchNorm"):
         save_checkpoint(fold_batch_norm(random_model()), tmp_path / "folded.pt", like=tmp_path / "model.pt")
     assert not (tmp_path / "folded.pt").exists() and not (tmp_path / "folded.json").exists()
 
@@ -361,7 +366,7 @@ def test_a_saved_network_takes_no_json_of_another(tmp_path):
     model = random_model()
     write_checkpoint(tmp_path / "model.pt", model, {"input": scaling(120.0, 64.0)})
     before = (tmp_path / "model.json").read_bytes()
-    with pytest.raises(OutputExistsError, match=r"model\.json is that of .*model\.pt"):
+    with pytest.raises(OutputExistsError, match=r"(?=.*model\.json).*model\.pt\b"):
         save_checkpoint(model, tmp_path / "model.pth", like=tmp_path / "model.pt")
     assert (tmp_path / "model.json").read_bytes() == before and not (tmp_path / "model.pth").exists()
     save_checkpoint(model, tmp_path / "model.pt", like=tmp_path / "model.pt")  # its own
@@ -372,4 +377,4 @@ def test_each_key_of_one_state_dict_takes_it(tmp_path):
     """A loop may save the same dict twice, before its average has begun."""
     torch.save(dict.fromkeys(["model", "ema"], random_model().state_dict()), tmp_path / "model.pt")
     for key in (None, "model", "ema"):
-        assert f"under '{key or 'model'}'" in read_checkpoint(tmp_path / "model.pt", key=key).read_as
+        assert f"'{key or 'model'}'" in read_checkpoint(tmp_path / "model.pt", key=key).read_as
