@@ -104,6 +104,11 @@ def refused(*arguments, cwd, status=1, run=command):
     return done.stderr
 
 
+def has_line(text, *words):
+    """Whether one line of a text has all of these words: names and numbers, whatever stands between them."""
+    return any(all(word in line for word in words) for line in text.splitlines())
+
+
 # Fixtures, which tests/conftest.py makes known
 
 

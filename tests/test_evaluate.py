@@ -26,6 +26,7 @@ from tests.evaluating import (
     SHARED,
     command,
     evaluated,
+    has_line,
     needs_real_model,
     process,
     random_model,
@@ -67,7 +68,7 @@ def test_compare(real):
     assert max(map(len, stdout.split("\n\n", 1)[1].splitlines())) <= 80
     done = command("model.pt", "--compare", "worse_a.pt", "--no-keras", "--max-drop", "0.01", cwd=real)
     assert done.returncode == 3
-    assert done.stderr.startswith("shortfall: worse_a.pt: accuracy ")
+    assert has_line(done.stderr, "worse_a.pt", "--max-drop", "0.01")
 
 
 @pytest.mark.parametrize("arguments", [["--dtype", "float64"], []])
@@ -88,9 +89,8 @@ def test_guards(converted, real):
     evaluated("model.pt", "--min-accuracy", accuracy, "--max-drop", 0, cwd=real)
     done = process("model.pt", "--min-accuracy", accuracy + 0.001, cwd=real)
     assert done.returncode == 3
-    assert (
-        done.stderr == f"shortfall: model.pt: accuracy {accuracy:.4f}, --min-accuracy {accuracy + 0.001:g}\n"
-    )
+    (line,) = done.stderr.splitlines()
+    assert has_line(line, "model.pt", f"{accuracy:.4f}", "--min-accuracy", f"{accuracy + 0.001:g}")
     assert (real / "results/metrics.json").exists()  # it falls short, and says by how much
 
 
@@ -101,9 +101,9 @@ def test_near_chance_names_the_scaling(tmp_path):
     save(random_model(), tmp_path / "model.pt", input=scaling(0.0, 255.0))
     stdout, metrics = evaluated("model.pt", "--no-keras", cwd=tmp_path)
     assert metrics["pytorch"]["accuracy"] < 0.2
-    (hint,) = [note for note in metrics["notes"] if "near chance" in note]
+    (hint,) = [note for note in metrics["notes"] if "--std" in note]
     assert hint in stdout
-    assert "input scaling" in hint and "convert.py" in hint and "--std" in hint and "255.0" in hint
+    assert "model.pt" in hint and "convert.py" in hint and "255.0" in hint
 
 
 def test_options_may_stand_before_between_and_after_the_files(tmp_path):
@@ -123,8 +123,8 @@ def test_options_may_stand_before_between_and_after_the_files(tmp_path):
 def test_checkpoint_without_json(tmp_path):
     save(random_model(), tmp_path / "model.pt")
     stdout, _ = evaluated("model.pt", cwd=tmp_path)
-    assert "model.json is not there to say what model.pt is fed: pixels from 0 to 255 are assumed" in stdout
-    assert "no Keras baseline: model.json names no source file" in stdout
+    assert has_line(stdout, "model.json", "model.pt", "--mean", "--std")
+    assert has_line(stdout, "model.json", "--keras")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -151,7 +151,8 @@ def test_dtype(tmp_path, dtype):
 )
 def test_usage_errors(tmp_path, arguments):
     message, help_for_it = refused(*arguments, cwd=tmp_path, status=2).splitlines()
-    assert message.startswith("evaluate.py: error: ") and help_for_it == "see evaluate.py --help"
+    assert message.startswith("evaluate.py: ") and arguments[0] in message
+    assert "evaluate.py --help" in help_for_it
 
 
 def test_help_and_usage_errors_import_no_large_library():
@@ -209,45 +210,42 @@ def changed(name, tensor):
     return lambda model, path: torch.save({**model.state_dict(), name: tensor}, path)
 
 
-HOSTILE = {
-    "pickle bomb": (lambda _, path: torch.save({"a": Bomb(path.parent / "MARK")}, path), "code or objects"),
+HOSTILE = {  # what writes a file, and what the line names
+    "pickle bomb": (lambda _, path: torch.save({"a": Bomb(path.parent / "MARK")}, path), "system"),
     "old pickle bomb": (
         lambda _, path: torch.save(
             {"a": Bomb(path.parent / "MARK")}, path, _use_new_zipfile_serialization=False
         ),
-        "code or objects",
+        "system",
     ),
-    "raw pickle bomb": (
-        lambda _, path: path.write_bytes(pickle.dumps(Bomb(path.parent / "MARK"))),
-        "code or",
-    ),
-    "TorchScript": (traced, "a TorchScript archive"),
-    "compressed records": (compressed, "compressed records"),
-    "whole module": (lambda model, path: torch.save(model, path), "code or objects"),
-    "other model": (lambda _, path: save(torch.nn.Linear(2, 2), path), "not a ResNet8's state_dict"),
+    "raw pickle bomb": (lambda _, path: path.write_bytes(pickle.dumps(Bomb(path.parent / "MARK"))),),
+    "TorchScript": (traced, "TorchScript"),
+    "compressed records": (compressed,),
+    "whole module": (lambda model, path: torch.save(model, path), "ResNet8"),
+    "other model": (lambda _, path: save(torch.nn.Linear(2, 2), path), "fc.weight"),
     "wrapped too deep": (
         lambda model, path: torch.save({"a": {"b": {"c": {"d": model.state_dict()}}}}, path),
-        "tensors by name",
     ),
-    "list": (lambda _, path: torch.save([1], path), "expected a state_dict"),
-    "cut": (cut, "damaged"),
-    "empty": (lambda _, path: path.write_bytes(b""), "damaged"),
-    "text": (lambda _, path: path.write_text("hello\n" * 99), "is a text file, not a state_dict"),
-    "folder": (lambda _, path: path.mkdir(), "Is a directory"),
-    "missing": (lambda _, path: None, "No such file"),
-    "extra tensor": (changed("extra", torch.zeros(2)), '"extra"'),
-    "scalar": (changed("conv1.weight", torch.zeros(())), "not a ResNet8's state_dict"),
-    "name that is a number": (changed(1, torch.zeros(2)), "expected a state_dict"),
-    "integers": (changed("fc.weight", torch.zeros(10, 64, dtype=torch.int8)), "fc.weight is torch.int8"),
+    "list": (lambda _, path: torch.save([1], path), "list"),
+    "cut": (cut,),
+    "empty": (lambda _, path: path.write_bytes(b""),),
+    "text": (lambda _, path: path.write_text("hello\n" * 99),),
+    "folder": (lambda _, path: path.mkdir(),),
+    "missing": (lambda _, path: None,),
+    "extra tensor": (changed("extra", torch.zeros(2)), "extra"),
+    "scalar": (changed("conv1.weight", torch.zeros(())),),
+    "name that is a number": (changed(1, torch.zeros(2)), "1"),
+    "integers": (changed("fc.weight", torch.zeros(10, 64, dtype=torch.int8)), "fc.weight", "int8"),
     "sparse": (changed("fc.weight", torch.zeros(10, 64).to_sparse()), "fc.weight"),
     "a huge shape without values": (
         changed("conv1.weight", torch.zeros(1).expand(10**5, 3, 3, 3)),
+        "conv1.weight",
         "2,700,000",
     ),
-    "a wide first layer alone": (changed("conv1.weight", torch.zeros(20_000, 3, 3, 3)), "size mismatch"),
-    "NaN": (changed("fc.bias", torch.full((10,), torch.nan)), "NaN"),
-    "one channel": (lambda _, path: save(random_model(in_channels=1), path), "images of shape [1,"),
-    "seven classes": (lambda _, path: save(random_model(num_classes=7), path), "has 7 classes"),
+    "a wide first layer alone": (changed("conv1.weight", torch.zeros(20_000, 3, 3, 3)), "conv1"),
+    "NaN": (changed("fc.bias", torch.full((10,), torch.nan)), "fc.bias", "NaN"),
+    "one channel": (lambda _, path: save(random_model(in_channels=1), path), "[1,", "[3, 32, 32]"),
+    "seven classes": (lambda _, path: save(random_model(num_classes=7), path), "7", "10"),
 }
 
 
@@ -274,7 +272,7 @@ def hostile(tmp_path_factory):
     One process answers for all. What a file claims must not take the machine's memory, so it has a limit.
     """
     files = {case: tmp_path_factory.mktemp("hostile") / f"{case}.pt" for case in HOSTILE}
-    for case, (write, _) in HOSTILE.items():
+    for case, (write, *_) in HOSTILE.items():
         write(random_model(), files[case])
     before = {case: sorted(path.parent.rglob("*")) for case, path in files.items()}
     limit = 8 << 30  # bytes of address space
@@ -299,42 +297,40 @@ def test_hostile_checkpoints_get_one_line(hostile, case):
     assert sorted(path.parent.rglob("*")) == before
     assert "Traceback" not in line
     assert len(line.splitlines()) == 1 and line.startswith("error: "), line
-    assert HOSTILE[case][1] in line and path.name in line
+    assert path.name in line and has_line(line.replace(path.name, ""), *HOSTILE[case][1:])
     assert not (path.parent / "MARK").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "not JSON"),
-        ("[1]", "holds a JSON list"),
-        ('{"architecture": 3}', "architecture is 3, expected an object"),
-        ('{"architecture": {"bn_eps": "small"}}', 'architecture.bn_eps is "small", expected a number'),
-        ('{"input": []}', "input is [], expected an object"),
-        ('{"input": {"mean": 0, "std": [1, 1, 1]}}', "input.mean is 0, expected a list of numbers"),
+        ("{", "model.json"),
+        ("[1]", "model.json list"),
+        ('{"architecture": 3}', "model.json architecture 3"),
+        ('{"architecture": {"bn_eps": "small"}}', "architecture.bn_eps small"),
+        ('{"input": []}', "input []"),
+        ('{"input": {"mean": 0, "std": [1, 1, 1]}}', "input.mean 0"),
         ('{"input": {"mean": [0, 0, NaN], "std": [1, 1, 1]}}', "input.mean"),
         ('{"input": {"mean": [0, 0, 0], "std": [1, 0, 1]}}', "input.std"),
-        ('{"input": {"mean": [0], "std": [1, 1, 1]}}', "input.mean has 1 values, expected 3"),
-        ('{"input": {"shape": [3, 96, 96]}}', "images of shape [3, 96, 96]"),
-        ('{"source": {"file": 1, "sha256": "0"}}', "source.file is 1, expected a string"),
+        ('{"input": {"mean": [0], "std": [1, 1, 1]}}', "input.mean 1 3"),
+        ('{"input": {"shape": [3, 96, 96]}}', "[3, 96, 96]"),
+        ('{"source": {"file": 1, "sha256": "0"}}', "source.file 1"),
         ('{"source": {"input": {"mean": ["a"]}}}', "source.input.mean"),
-        ('{"sha256": null}', "sha256 is null"),
+        ('{"sha256": null}', "sha256 null"),
     ],
 )
 def test_wrong_json_gets_one_line(tmp_path, text, expected):
     save(random_model(), tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(text)
-    assert expected in refused("model.pt", cwd=tmp_path)
+    assert has_line(refused("model.pt", cwd=tmp_path), *expected.split())
     assert not (tmp_path / "results").exists()
 
 
 def test_other_errors_get_one_line(tmp_path):
     save(random_model(), tmp_path / "model.pt", input=scaling(0.0, 1.0))
-    assert "nowhere.h5: No such file" in refused("model.pt", "--keras", "nowhere.h5", cwd=tmp_path)
+    assert "nowhere.h5" in refused("model.pt", "--keras", "nowhere.h5", cwd=tmp_path)
     (tmp_path / "noise.h5").write_bytes(b"noise")
-    assert "noise.h5: is a text file, neither an HDF5 file" in refused(
-        "model.pt", "--keras", "noise.h5", cwd=tmp_path
-    )
+    assert "noise.h5" in refused("model.pt", "--keras", "noise.h5", cwd=tmp_path)
     assert "--compare" not in refused("model.pt", "--compare", "other.pt", cwd=tmp_path)
     if not torch.cuda.is_available():
         assert "--device cuda" in refused("model.pt", "--device", "cuda", cwd=tmp_path)
@@ -349,42 +345,40 @@ def test_inputs_are_given_or_taken_from_the_checkpoint_and_said(tmp_path):
     save(random_model(), tmp_path / "tuned.pt")
     save(random_model(), tmp_path / "other.pt", architecture={"bn_eps": 1e-3})
     stdout, metrics = evaluated("model.pt", "other.pt", "--no-keras", cwd=tmp_path)
-    assert "note: other.json does not say what other.pt is fed: fed as model.pt\n" in stdout
+    assert has_line(stdout, "other.json", "other.pt", "model.pt")
     stdout, metrics = evaluated("model.pt", "--no-keras", "--compare", "tuned.pt", cwd=tmp_path)
     assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
-    assert "note: tuned.json is not there to say what tuned.pt is fed: fed as model.pt\n" in stdout
+    assert has_line(stdout, "tuned.json", "tuned.pt", "model.pt")
     fed = {"mean": [120.0] * 3, "std": [64.0] * 3}
     assert metrics["input"] == metrics["compared"][0]["input"] == fed
     written = (tmp_path / "results/metrics.txt").read_text()
     for text in (stdout, written):
         for name in ("model.pt", "tuned.pt"):
-            said = f"{name} is fed (pixel - mean) / std, pixels 0 to 255,\n"
-            assert f"{said}  mean 120, 120, 120; std 64, 64, 64\n" in text
+            said = (name, "120, 120, 120", "64, 64, 64")
+            assert any(all(word in part for word in said) for part in text.split("\n\n"))
     right = metrics["pytorch"]
 
     stdout, metrics = evaluated("tuned.pt", "--no-keras", "--mean", 120, "--std", 64, 64, 64, cwd=tmp_path)
-    assert "say what tuned.pt is fed" not in stdout
+    assert "tuned.json" not in stdout
     assert metrics["input"] == fed and metrics["pytorch"]["loss"] == pytest.approx(right["loss"])
     stdout, metrics = evaluated("tuned.pt", "--no-keras", cwd=tmp_path)
-    assert "pixels from 0 to 255 are assumed; --mean and --std say it, or a copy of the original's" in stdout
-    assert "tuned.pt is fed (pixel" not in stdout and metrics["input"] == {
-        "mean": [0.0] * 3,
-        "std": [1.0] * 3,
-    }
+    assert has_line(stdout, "tuned.json", "tuned.pt", "--mean", "--std")
+    assert "0, 0, 0" not in stdout and metrics["input"] == {"mean": [0.0] * 3, "std": [1.0] * 3}
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--std", "0"], 2, "--std must be above 0"),
-        (["--mean", "1", "2"], 1, "--mean has 2 values, but the model's input has 3 channels"),
+        (["--std", "0"], 2, "--std 0"),
+        (["--mean", "1", "2"], 1, "--mean 2 3"),
         (["--std", "nan"], 2, "--std"),
-        (["--mean", "inf"], 1, "finite"),
+        (["--mean", "inf"], 1, "--mean"),
     ],
 )
 def test_inputs_that_make_no_sense(tmp_path, arguments, status, words):
     save(random_model(), tmp_path / "model.pt")
-    assert words in refused("model.pt", "--no-keras", *arguments, cwd=tmp_path, status=status)
+    said = refused("model.pt", "--no-keras", *arguments, cwd=tmp_path, status=status)
+    assert has_line(said, *words.split())
 
 
 @needs_real_model
@@ -396,11 +390,12 @@ def test_another_keras_file_is_named_and_no_failed_conversion(real, reader):
     save(model, real / "other.pt", **metadata)
     stdout, metrics = evaluated("model.pt", "--compare", "other.pt", cwd=real)
     assert [pair["models"][0] for pair in metrics["pairs"]][:2] == ["Keras model.h5"] * 2
-    (note,) = [note for note in metrics["notes"] if "another file" in note]
-    assert note.startswith("other.pt was converted from another file than model.h5: ") and note in stdout
+    (note,) = [note for note in metrics["notes"] if "model.h5" in note]
+    assert "other.pt" in note and note in stdout
     save(model, real / "tuned.pt", input=metadata["input"])  # of unknown origin: most likely the same
     stdout, metrics = evaluated("model.pt", "--compare", "tuned.pt", cwd=real)
-    assert metrics["pairs"][0]["models"][0] == "Keras" and "another file" not in stdout
+    assert metrics["pairs"][0]["models"][0] == "Keras"
+    assert not any("model.h5" in note for note in metrics["notes"])
 
 
 # The data, the outputs, the defaults
@@ -420,10 +415,10 @@ def test_a_data_dir_that_was_given_must_hold_the_data(tmp_path, monkeypatch, cap
     arguments = ["model.pt", "--no-keras", "--data-dir", "mistyped"]
     status, _, error = command_line(monkeypatch, capsys, tmp_path, *arguments)
     assert status == 1 and len(error.splitlines()) == 1
-    assert "mistyped (cifar-10-batches-bin or cifar-10-batches-py)" in error and "--download" in error
+    assert has_line(error, "mistyped", "cifar-10-batches-bin", "cifar-10-batches-py", "--download")
     assert not (tmp_path / "results").exists()
     status, out, _ = command_line(monkeypatch, capsys, tmp_path, *arguments, "--data", "sample")
-    assert status == 0 and "1,000 images" in out
+    assert status == 0 and "1,000" in out
 
 
 @pytest.mark.parametrize(("part", "images"), [("perf", 200), ("calibration", 500)])
@@ -433,11 +428,11 @@ def test_mlperf_tiny_images(tmp_path, monkeypatch, capsys, part, images):
     arguments = ["model.pt", "--no-keras", "--data", part, "--data-dir"]
     status, _, error = command_line(monkeypatch, capsys, tmp_path, *arguments, tmp_path)
     assert status == 1 and len(error.splitlines()) == 1
-    assert f"no complete CIFAR-10 test set in {tmp_path}" in error and "--download" in error
+    assert str(tmp_path) in error and "--download" in error
     if not (SHARED / "cifar-10-batches-bin/test_batch.bin").exists():
         pytest.skip("the full test set is absent")
     status, out, _ = command_line(monkeypatch, capsys, tmp_path, *arguments, SHARED)
-    assert status == 0 and f"ResNet8 on the MLPerf Tiny {part} set, {images} images" in out
+    assert status == 0 and has_line(out, f"MLPerf Tiny {part} set", str(images))
     dataset = json.loads((tmp_path / "results/metrics.json").read_text())["dataset"]
     assert (dataset["name"], dataset["images"]) == (f"MLPerf Tiny {part} set", images)
 
@@ -448,9 +443,8 @@ def test_defaults_lie_beside_the_scripts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(terminal, "ROOT", tmp_path / "repository")
     status, out, error = command_line(monkeypatch, capsys, tmp_path / "elsewhere")
     assert status == 1
-    assert f"test set in {tmp_path / 'repository/data'} " in out
-    assert f"{tmp_path / 'repository/checkpoints/resnet8.pt'}: No such file" in error
-    assert "python convert.py" in error
+    assert str(tmp_path / "repository/data") in out
+    assert has_line(error, str(tmp_path / "repository/checkpoints/resnet8.pt"), "convert.py")
 
 
 def test_what_cannot_be_done_is_said_before_keras_is_asked(tmp_path, monkeypatch, capsys):
@@ -458,12 +452,13 @@ def test_what_cannot_be_done_is_said_before_keras_is_asked(tmp_path, monkeypatch
     save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
     (tmp_path / "afile").write_text("no folder")
     monkeypatch.setattr(evaluate, "load_checkpoint", lambda *_, **__: pytest.fail("went on"))
-    cases = {("--output", "afile"): "error: afile: Not a directory\n"}
+    cases = {("--output", "afile"): "afile"}
     if not torch.cuda.is_available():
-        cases["--device", "cuda"] = "error: --device cuda: this machine, or this PyTorch, has none\n"
-    for arguments, line in cases.items():
+        cases["--device", "cuda"] = "--device cuda"
+    for arguments, named in cases.items():
         status, _, error = command_line(monkeypatch, capsys, tmp_path, "model.pt", *arguments)
-        assert (status, error) == (1, line)
+        assert status == 1 and len(error.splitlines()) == 1
+        assert named in error and str(tmp_path) not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "model.json", "model.pt"]
 
 
@@ -477,7 +472,7 @@ def test_a_keras_file_with_an_odd_input_shape_is_refused_in_one_line(tmp_path, k
         first["batch_shape" if "batch_shape" in first else "batch_input_shape"] = shape
         file.attrs["model_config"] = json.dumps(config)
     line = refused("model.pt", "--keras", "odd.h5", cwd=tmp_path)
-    assert line.startswith("error: odd.h5: the input's shape is ")
+    assert "odd.h5" in line and "shape" in line
 
 
 def test_a_reader_that_goes_away_ends_the_printing_not_the_work(tmp_path):

@@ -16,7 +16,7 @@ import torch
 import convert
 from models.common.kinds import OTHER_SUFFIXES, Kind, kind_of, kind_of_content
 from models.files.metadata import is_checkpoint
-from tests.evaluating import ROOT, random_model
+from tests.evaluating import ROOT, has_line, random_model
 from tests.runtime_files import write_exported, write_onnx, write_tflite
 
 
@@ -94,8 +94,9 @@ def test_what_libraries_write_is_told(tmp_path):
 def test_only_regular_files_are_opened(tmp_path):
     """A FIFO that nobody writes to would be waited for."""
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(OSError, match="Not a file, but a pipe or a device"):
+    with pytest.raises(OSError) as caught:
         kind_of(tmp_path / "fifo")
+    assert caught.value.filename == str(tmp_path / "fifo")
     assert kind_of(tmp_path) is Kind.FOLDER
     (tmp_path / "saved_model.pb").touch()
     assert kind_of(tmp_path) is Kind.SAVED_MODEL
@@ -108,30 +109,30 @@ def saved_model(path):
     (path / "saved_model.pb").touch()
 
 
-OTHERS = {  # a file -> what writes it, and how convert.py says what it is and what to do
-    "lite.tflite": (write_tflite, "is a TensorFlow Lite file", "; evaluate.py evaluates it"),
-    "o.onnx": (write_onnx, "is an ONNX file", "; evaluate.py evaluates it"),
-    "h5.h5": (write_onnx, "is an ONNX file", "; evaluate.py evaluates it"),
-    "pt.pt": (write_onnx, "is an ONNX file", "; evaluate.py evaluates it"),
-    "e.pt2": (write_exported, "a torch.export archive", ", or: evaluate.py evaluates it"),
-    "folder": (saved_model, "is a SavedModel folder", "; load it in Keras, then model.save('x.keras')"),
-    "text.json": (lambda path: path.write_text(json.dumps({"class_name": "Model"})), "is a text file", ""),
-    "n.npz": (lambda path: np.savez(path, a=np.zeros(2)), "an archive without metadata.json", ""),
-    "pipe.h5": (os.mkfifo, "Not a file, but a pipe or a device", ""),
-    "pipe2.pt": (os.mkfifo, "Not a file, but a pipe or a device", ""),
+OTHERS = {  # a file -> what writes it, and what convert.py names: what it is, and what takes it
+    "lite.tflite": (write_tflite, "TensorFlow Lite", "evaluate.py"),
+    "o.onnx": (write_onnx, "ONNX", "evaluate.py"),
+    "h5.h5": (write_onnx, "ONNX", "evaluate.py"),
+    "pt.pt": (write_onnx, "ONNX", "evaluate.py"),
+    "e.pt2": (write_exported, "torch.export", "evaluate.py"),
+    "folder": (saved_model, "SavedModel", ".keras"),
+    "text.json": (lambda path: path.write_text(json.dumps({"class_name": "Model"})),),
+    "n.npz": (lambda path: np.savez(path, a=np.zeros(2)), "metadata.json"),
+    "pipe.h5": (os.mkfifo,),
+    "pipe2.pt": (os.mkfifo,),
 }
 
 
 def test_convert_names_what_is_of_another_kind(tmp_path):
     """In one run, one line a file, and nothing is written."""
-    for name, (write, _, _) in OTHERS.items():
+    for name, (write, *_) in OTHERS.items():
         write(tmp_path / name)
     before = sorted(tmp_path.rglob("*"))
     command = [sys.executable, ROOT / "convert.py", *OTHERS, "--no-verify", "-o", "out/"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    for (name, (_, words, step)), line in zip(OTHERS.items(), done.stderr.splitlines(), strict=True):
-        assert line.startswith(f"error: {name}: ") and words in line and step in line, line
+    for (name, (_, *words)), line in zip(OTHERS.items(), done.stderr.splitlines(), strict=True):
+        assert has_line(line, name, *words), line
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -141,13 +142,13 @@ def test_a_pipe_into_convert_is_one_line(tmp_path):
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line == "error: /dev/stdin: cannot be read: Not a file, but a pipe or a device"
+    assert "/dev/stdin" in line
 
 
 @pytest.mark.parametrize("suffix", [*OTHER_SUFFIXES, ".ONNX"])
 def test_a_state_dict_is_not_called_as_another_format(tmp_path, suffix):
     (tmp_path / "m.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
-    with pytest.raises(ValueError, match="what is written is a PyTorch state_dict"):
+    with pytest.raises(ValueError, match=rf"out\{suffix}"):
         convert.jobs_of([tmp_path / "m.h5"], str(tmp_path / f"out{suffix}"))
 
 

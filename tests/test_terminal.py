@@ -2,9 +2,9 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
-from fnmatch import fnmatchcase
 
 import pytest
 
@@ -68,7 +68,7 @@ def test_fits_a_terminal_of_80_columns_with_names_whole(program):
     lines = on_a_terminal(program)
     assert lines and max(map(len, lines)) <= 80
     whole = " ".join(" ".join(in_a_pipe(program)).split())
-    assert {word for line in lines for word in line.split()} >= set(whole.split()) - {"Keras", "shape"}
+    assert {word for line in lines for word in line.split()} >= set(whole.split())
 
 
 def test_names_are_printed_as_they_are():
@@ -90,9 +90,9 @@ def test_a_pipe_gets_a_line_a_row_without_padding():
 
 
 def test_summary_has_a_title_for_every_column_and_says_what_is_not_verified():
-    _, heading, first, second, third = in_a_pipe(SUMMARY)
-    assert heading.split("  ")[-1].strip() == "output, or why not"
-    assert "4.0e-15" in first and "not verified" in second and "refused" in third
+    heading, first, second, third = (re.split(" {2,}", line.strip()) for line in in_a_pipe(SUMMARY)[1:])
+    assert len(heading) == len(first) == len(second) == 4 and len(third) == 3
+    assert first[0::2] == ["a.h5", "4.0e-15"] and first[1] == second[1] != third[1]
 
 
 COMMANDS = {
@@ -170,11 +170,11 @@ def test_log_of_a_process_is_printable():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--data_dir", "x"], "unrecognized arguments: --data_dir x (did you mean --data-dir?)"),
-        (["--data_dir=x"], "unrecognized arguments: --data_dir=x (did you mean --data-dir?)"),
-        (["--data", "x"], "argument --data: invalid choice: 'x' (choose from * (did you mean --data-dir?)"),
-        (["--device", "x"], "argument --device: invalid choice: 'x' (choose from *"),
-        (["--epochs"], "unrecognized arguments: --epochs"),
+        (["--data_dir", "x"], {"--data_dir", "--data-dir"}),
+        (["--data_dir=x"], {"--data_dir", "--data-dir"}),
+        (["--data", "x"], {"--data", "--data-dir"}),
+        (["--device", "x"], {"--device"}),
+        (["--epochs"], {"--epochs"}),
     ],
 )
 def test_what_is_wrong_is_said_first(capsys, arguments, expected):
@@ -188,9 +188,9 @@ def test_what_is_wrong_is_said_first(capsys, arguments, expected):
         parser.parse_args(arguments)
     assert caught.value.code == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert fnmatchcase(first, f"command.py: error: {expected}"), first
-    assert "mean" in first or "mean" not in expected
-    assert second == "see command.py --help"
+    assert first.startswith("command.py: ") and arguments[-1] in first
+    assert set(re.findall(r"--[\w-]+", first)) == expected  # what is wrong, and what may be meant
+    assert "command.py --help" in second
 
 
 @pytest.mark.parametrize("script", ["convert.py", "evaluate.py"])
@@ -198,7 +198,7 @@ def test_what_is_wrong_is_said_first(capsys, arguments, expected):
 def test_path_without_a_name_is_no_file(script, name):
     run = subprocess.run([sys.executable, ROOT / script, name], capture_output=True, text=True)
     assert run.returncode == 2
-    assert f"'{name}' is no file" in run.stderr.splitlines()[0] and "Traceback" not in run.stderr
+    assert f"'{name}'" in run.stderr.splitlines()[0] and "Traceback" not in run.stderr
 
 
 # How Python is started, and what the machine lets it do
@@ -212,7 +212,7 @@ def test_scripts_run_however_python_is_started(tmp_path, script, options, enviro
     env = {**os.environ, **environment}
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (run.returncode, len(run.stderr.splitlines())) == (1, 1), run.stderr
-    assert "none.pt" in run.stderr and "No such file" in run.stderr
+    assert "none.pt" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_machine_that_has_no_more_is_one_line(capsys, monkeypatch, error):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
     assert terminal.run(command) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: cannot go on: {type(error).__name__}{': ' if str(error) else ''}{error}"
+    assert type(error).__name__ in line and str(error) in line
 
 
 def test_mistake_of_ours_is_none_of_the_machine(monkeypatch):

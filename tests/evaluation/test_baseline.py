@@ -25,12 +25,19 @@ from tests.evaluating import (
     ROOT,
     command,
     evaluated,
+    has_line,
     needs_real_model,
     random_model,
     refused,
     save,
     scaling,
 )
+
+KEPT = "model.keras-sample.npz"  # it is named where Keras is asked, and where what it holds is not used
+
+
+def lines_of(name, stdout):
+    return [line for line in stdout.splitlines() if name in line]
 
 
 @needs_real_model
@@ -42,11 +49,12 @@ def test_agrees_with_keras(converted):
     assert metrics["keras"]["loss"] == pytest.approx(metrics["pytorch"]["loss"], abs=1e-6)
     assert metrics["keras"]["confusion_matrix"] == metrics["pytorch"]["confusion_matrix"]
     assert metrics["keras"]["file"] == "model.h5"
-    assert metrics["keras"]["format"] == "Keras 3.15.1 .h5 whole model"
+    form = metrics["keras"]["format"]
+    assert has_line(form, "Keras", "3.15.1", ".h5") and has_line(stdout, "model.h5", form)
     assert metrics["keras"]["sha256"] == hashlib.sha256((folder / "model.h5").read_bytes()).hexdigest()
-    assert "Keras: model.h5, Keras 3.15.1 .h5 whole model\n" in stdout
     assert metrics["throughput"]["batch_norm_folded"] is True
-    assert "asking Keras about 1,000 images" in stdout
+    (asked,) = lines_of(KEPT, stdout)
+    assert "1,000" in asked
     assert {path.name for path in folder.iterdir()} == {
         *("model.h5", "model.pt", "model.json", "model.keras-sample.npz", "results")
     }
@@ -65,7 +73,7 @@ def test_a_keras_file_is_a_stranger_only_if_the_json_names_another(tmp_path):
 @needs_real_model
 def test_the_second_run_needs_no_keras(converted, real):
     stdout, metrics = evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
-    assert "asking Keras" not in stdout
+    assert not lines_of(KEPT, stdout)
     assert metrics["keras"] == converted[2]["keras"]
     assert metrics["agreement"] == converted[2]["agreement"]
 
@@ -77,8 +85,9 @@ def test_answers_that_an_earlier_version_kept_are_used(real):
     with np.load(kept) as answers:
         np.savez(kept, key=answers["key"], probabilities=answers["probabilities"])
     stdout, metrics = evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
-    assert "Keras: model.h5, Keras 3.15.1 .h5 whole model\n" in stdout
-    assert metrics["keras"]["format"] == "Keras 3.15.1 .h5 whole model"
+    form = json.loads((real / "model.json").read_text())["source"]["format"]
+    assert "3.15.1" in form and has_line(stdout, "model.h5", form)
+    assert metrics["keras"]["format"] == form
 
 
 @needs_real_model
@@ -138,10 +147,10 @@ def test_damaged_probabilities_are_noticed(real, damage):
 def test_damaged_probabilities_are_made_again(converted, real):
     flip(real / "model.keras-sample.npz", 0.5)
     stdout, metrics = evaluated("model.pt", cwd=real)
-    assert "model.keras-sample.npz is damaged: made again" in stdout
+    assert len(lines_of(KEPT, stdout)) == 2  # it is damaged, and asked for again
     assert metrics["keras"] == converted[2]["keras"]
     stdout, _ = evaluated("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
-    assert "damaged" not in stdout
+    assert not lines_of(KEPT, stdout)
 
 
 @needs_real_model
@@ -157,7 +166,7 @@ def test_stale_probabilities_are_noticed(real, change):
     (real / "model.json").write_text(json.dumps(metadata))
     done = command("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
     assert done.returncode == 1
-    assert "is of another Keras file, other images or another scaling: made again" in done.stdout
+    assert len(lines_of(KEPT, done.stdout)) == 2  # it is stale, and asked for again
 
 
 @needs_real_model
@@ -165,7 +174,7 @@ def test_probabilities_that_cannot_be_kept_are_used_all_the_same(real):
     (real / "model.keras-sample.npz").unlink()
     (real / "model.keras-sample.npz").mkdir()
     stdout, metrics = evaluated("model.pt", cwd=real)
-    assert "model.keras-sample.npz cannot be written" in stdout
+    assert len(lines_of(KEPT, stdout)) == 3  # it cannot be read, is asked for, and cannot be written
     assert metrics["agreement"]["same_prediction"] == 1000
 
 
@@ -177,7 +186,7 @@ def test_folds_only_as_long_as_keras_agrees(real):
     probabilities[0] += np.where(probabilities[0] > 0.5, -2e-5, 2e-5)
     np.savez(real / "model.keras-sample.npz", key=key, probabilities=probabilities)
     stdout, metrics = evaluated("model.pt", cwd=real)
-    assert "unfolded" in stdout
+    assert any("1e-05" in note and note in stdout for note in metrics["notes"])
     assert metrics["throughput"]["batch_norm_folded"] is False
     assert metrics["agreement"]["max_abs_probability_difference"] == pytest.approx(2e-5, rel=0.2)
 
@@ -187,11 +196,11 @@ def test_baseline_that_is_gone_or_another_is_said(real):
     with (real / "model.h5").open("ab") as file:
         file.write(b"x")
     stdout, metrics = evaluated("model.pt", cwd=real)
-    assert "no Keras baseline: model.h5 is not what model.pt was converted from" in stdout
+    assert has_line(stdout, "model.h5", "model.pt", "--keras")
     assert metrics["keras"] is None
     (real / "model.h5").unlink()
     stdout, metrics = evaluated("model.pt", cwd=real)
-    assert "no Keras baseline: model.h5, the source in model.json, is not there" in stdout
+    assert has_line(stdout, "model.h5", "model.json", "--keras")
     assert metrics["throughput"]["batch_norm_folded"] is False
     line = refused("model.pt", "--max-drop", "0.01", cwd=real)  # a guard that cannot guard must not pass
     assert "--max-drop" in line
@@ -206,7 +215,7 @@ def test_fine_tuned_checkpoint_is_told_from_the_converted_one(real):
     stdout, metrics = evaluated(
         "model.pt", "--keras-python", NOT_A_PYTHON, "--max-drop", 0.02, cwd=real, status=3
     )
-    assert "model.pt has changed since model.json was written" in stdout
+    assert has_line(stdout, "model.pt", "model.json")
     assert metrics["throughput"]["batch_norm_folded"] is False
     assert metrics["agreement"]["same_prediction"] < 1000
     assert metrics["pytorch"]["correct"] < metrics["keras"]["correct"] - 20
@@ -232,7 +241,7 @@ def test_a_baseline_that_is_no_resnet8_is_named(real):
             saved.copy(name, weights)
         weights.attrs.update({**saved.attrs, "layer_names": kept})
     line = refused("model.pt", "--keras", "weights.h5", cwd=real)
-    assert line.startswith("error: weights.h5: ") and line.count("weights.h5") == 1
+    assert line.count("weights.h5") == 1
 
 
 @needs_real_model
@@ -243,7 +252,7 @@ def test_answers_belong_to_the_epsilon_too(real):
     (real / "model.json").write_text(json.dumps(metadata))
     done = command("model.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
     assert done.returncode == 1
-    assert "is of another Keras file, other images or another scaling: made again" in done.stdout
+    assert len(lines_of(KEPT, done.stdout)) == 2  # it is stale, and asked for again
 
 
 @needs_real_model
@@ -268,7 +277,7 @@ def test_a_scaling_of_the_keras_model_that_does_not_fit_is_refused(tmp_path, wro
     fed = {"mean": [0.0] * 3, "std": [1.0] * 3, wrong: [1.0, 2.0]}
     save(random_model(), tmp_path / "model.pt", input=scaling(0.0, 1.0), source={"input": fed})
     line = refused("model.pt", cwd=tmp_path)
-    assert f"model.json: source.input.{wrong} has 2 values, expected 3" in line
+    assert has_line(line, "model.json", f"source.input.{wrong}", "2", "3")
 
 
 @needs_real_model
@@ -281,7 +290,7 @@ def test_answers_are_kept_once_a_keras_file(real, monkeypatch):
         metadata["source"]["file"] = "../model.h5"
         (real / f"runs/{name}.json").write_text(json.dumps(metadata))
         stdout, metrics = evaluated(f"runs/{name}.pt", "--keras-python", NOT_A_PYTHON, cwd=real)
-        assert "asking Keras" not in stdout and metrics["agreement"]["same_prediction"] == 1000
+        assert not lines_of(KEPT, stdout) and metrics["agreement"]["same_prediction"] == 1000
 
 
 @needs_real_model
@@ -305,7 +314,7 @@ def test_answers_lie_beside_the_checkpoint_where_the_keras_files_folder_cannot_b
     checkpoint = read_checkpoint(tmp_path / "own/model.pt")
     asked = ("Keras", real / "model.h5", checkpoint, sample, NOT_A_PYTHON)
     baseline.keras_predictions(*asked, notes := Notes())
-    assert (tmp_path / "own/model.keras-sample.npz").exists() and "cannot be written" not in str(notes.lines)
+    assert (tmp_path / "own/model.keras-sample.npz").exists() and len(notes.lines) == 1  # Keras is asked
     monkeypatch.setattr(baseline, "ask_keras", None)
     baseline.keras_predictions(*asked, Notes())
 
@@ -317,7 +326,7 @@ def test_a_file_of_others_is_not_replaced(tmp_path, content):
     path.write_bytes(content) if content else np.savez(path, weights=np.zeros(3))
     before = path.read_bytes()
     baseline.keep_answers([path], {"key": np.array("k")}, notes)
-    assert path.read_bytes() == before and "is not of evaluate.py's writing" in notes.lines[0]
+    assert path.read_bytes() == before and str(path) in notes.lines[0]
     other = tmp_path / "other.keras.npz"
     baseline.keep_answers([path, other], {"key": np.array("k")}, notes)
     assert path.read_bytes() == before and other.exists() and len(notes.lines) == 1
@@ -377,7 +386,7 @@ def test_a_source_that_cannot_be_read_costs_the_baseline_alone(real, monkeypatch
 
     monkeypatch.setattr(baseline, "sha256_of", unreadable)
     stdout, metrics = evaluated("model.pt", cwd=real)
-    assert "no Keras baseline: model.h5, the source in model.json, cannot be read: Perm" in stdout
+    assert has_line(stdout, "model.h5", "model.json", "--keras")
     assert metrics["keras"] is None
 
 
@@ -385,4 +394,4 @@ def test_a_source_that_cannot_be_read_costs_the_baseline_alone(real, monkeypatch
 def test_a_keras_file_is_checked_before_keras_starts(real):
     (real / "damaged.h5").write_bytes((real / "model.h5").read_bytes()[:20_000])
     line = refused("model.pt", "--keras", "damaged.h5", "--keras-python", NOT_A_PYTHON, cwd=real)
-    assert line.startswith("error: damaged.h5: damaged") and NOT_A_PYTHON not in line
+    assert "damaged.h5" in line and NOT_A_PYTHON not in line

@@ -30,6 +30,7 @@ from tests.evaluating import (
     ROOT,
     SHARED,
     evaluated,
+    has_line,
     needs_real_model,
     random_model,
     refused,
@@ -185,7 +186,7 @@ def test_files_of_every_format_in_one_call(tmp_path):
     pairs = {tuple(pair["models"]): pair for pair in metrics["pairs"]}
     assert pairs["d.onnx", "e.pt2"]["max_abs_probability_difference"] < 1e-4
     assert pairs["c", "d.onnx"]["max_abs_probability_difference"] < LOGIT_STEP
-    assert "note: d.json is not there to say what d.onnx is fed: fed as a.pt\n" in stdout
+    assert has_line(stdout, "d.json", "d.onnx", "a.pt")
     for line in ("c: c, TensorFlow Lite", "d.onnx: d.onnx, ONNX", "e.pt2: e.pt2, torch.export"):
         assert f"{line}" in stdout
     files = ("a.pt", "c", "--compare", "d.onnx", "--no-keras", "--min-accuracy", "1")
@@ -198,8 +199,8 @@ def test_checkpoint_may_be_of_another_format(tmp_path):
     write_onnx(tmp_path / "d.onnx")
     (tmp_path / "d.json").write_text(json.dumps({"input": scaling(0.0, 1.0), "sha256": "0" * 64}))
     stdout, right = evaluated("d.onnx", cwd=tmp_path)
-    assert "no Keras baseline: d.json names no source file; --keras FILE names one" in stdout
-    assert "has changed" not in stdout  # the JSON's SHA-256 is that of a `.pt` of its name
+    (line,) = [line for line in stdout.splitlines() if "d.json" in line]
+    assert "--keras" in line  # and not that it has changed: the JSON's SHA-256 is that of a `.pt` of its name
     assert right["throughput"]["dtype"] == "float32" and right["keras"] is None
     _, other = evaluated("d.onnx", "--no-keras", "--std", 255, cwd=tmp_path)
     assert other["input"]["std"] == [255.0] * 3
@@ -212,7 +213,7 @@ def test_an_exported_checkpoint_has_its_keras_baseline(real):
     write_exported(real / "model.pt2", ResNet8.from_checkpoint(real / "model.pt"))
     stdout, metrics = evaluated("model.pt2", cwd=real)
     assert metrics["agreement"]["same_prediction"] == 1000
-    assert "asking Keras" not in stdout  # the answers are kept
+    assert ".npz" not in stdout  # Keras is not asked: the answers are kept
 
 
 def test_sparsity_is_that_of_the_weights(tmp_path, monkeypatch):
@@ -246,8 +247,8 @@ def test_the_mlperf_tiny_int8_file_scores_what_is_known_of_it(tmp_path):
         assert done.returncode == 0, done.stderr
         metrics = json.loads((tmp_path / part / "metrics.json").read_text())
         assert metrics["pytorch"]["correct"] == correct
-        told = "pretrainedResnet_quant.tflite: 86.92 % (8,257 of 9,500) without MLPerf Tiny's 500"
-        assert any(note.startswith(told) for note in metrics["notes"]) == (part == "full")
+        told = ("pretrainedResnet_quant.tflite", "86.92", "8,257", "9,500", "500")
+        assert any(has_line(note, *told) for note in metrics["notes"]) == (part == "full")
 
 
 def test_an_int8_files_accuracy_is_given_without_the_calibration_images(sample):
@@ -264,8 +265,7 @@ def test_an_int8_files_accuracy_is_given_without_the_calibration_images(sample):
     predictions = Predictions(
         "x.tflite", None, scores, labels, Scaling.given(3), format="TensorFlow Lite, int8"
     )
-    expected = "x.tflite: 0.00 % (0 of 9,500) without MLPerf Tiny's 500 calibration images"
-    assert calibration_note(predictions, Full) == expected
+    assert has_line(calibration_note(predictions, Full), "x.tflite", "0.00", "0", "9,500", "500")
     plain = Predictions("x.tflite", None, scores, labels, Scaling.given(3), format="TensorFlow Lite")
     assert calibration_note(plain, Full) == ""
     assert calibration_note(predictions, sample) == ""
@@ -284,31 +284,32 @@ def test_safetensors_are_read_with_their_scaling(tmp_path):
     stdout, metrics = evaluated("a.pt", "b.safetensors", "a.safetensors", "--no-keras", cwd=tmp_path)
     assert [pair["max_abs_probability_difference"] for pair in metrics["pairs"]] == [0, 0, 0]
     assert all(each["input"] == metrics["input"] for each in metrics["compared"])
-    assert "safetensors is fed:" not in stdout and "has changed" not in stdout
+    assert "a.json" not in stdout and "b.json" not in stdout
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ("{", "input in its metadata is not JSON"),
-        ("[" * 100_000, "input in its metadata is not JSON"),
-        ("3", "input is 3, expected an object"),
+        ("{", "input"),
+        ("[" * 100_000, "input"),
+        ("3", "input 3"),
         ('{"mean": [0, 0, 0], "std": [1, 0, 1]}', "input.std"),
-        ('{"mean": [0], "std": [1]}', "input.mean has 1 values, expected 3"),
+        ('{"mean": [0], "std": [1]}', "input.mean 1 3"),
     ],
 )
 def test_a_scaling_that_is_none_is_refused(tmp_path, said, words):
     save_file(random_model().state_dict(), tmp_path / "b.safetensors", {"input": said})
-    assert words in refused("b.safetensors", "--no-keras", cwd=tmp_path)
+    line = refused("b.safetensors", "--no-keras", cwd=tmp_path)
+    assert has_line(line, "b.safetensors", *words.split())
 
 
 def test_a_safetensors_file_of_another_network_or_damaged_is_refused(tmp_path):
     save_file(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.safetensors")
-    assert "not a ResNet8's state_dict" in refused("a.safetensors", cwd=tmp_path)
+    assert "a.safetensors" in refused("a.safetensors", cwd=tmp_path)
     save_file(random_model().state_dict(), tmp_path / "b.safetensors")
     content = (tmp_path / "b.safetensors").read_bytes()
     (tmp_path / "b.safetensors").write_bytes(content[:-4])
-    assert "damaged or not a safetensors file" in refused("b.safetensors", cwd=tmp_path)
+    assert "b.safetensors" in refused("b.safetensors", cwd=tmp_path)
 
 
 # --- What is refused ---------------------------------------------------------------------------------------
@@ -375,42 +376,45 @@ def compressed(path):
             target.writestr(name, content)
 
 
-REFUSED = {  # a file -> what writes it, and words of the line
-    "cut.tflite": (lambda path: cut(write_tflite(path)), ""),
-    "cut.onnx": (lambda path: cut(write_onnx(path)), "Protobuf parsing failed"),
-    "cut.pt2": (lambda path: cut(write_exported(path)), "damaged"),
-    "classes.tflite": (lambda path: write_tflite(path, classes=7), "has 7 classes, CIFAR-10 has 10"),
-    "classes.onnx": (lambda path: write_onnx(path, classes=7), "has 7 classes, CIFAR-10 has 10"),
-    "classes.pt2": (lambda path: write_exported(path, classes=7), "has 7 classes, CIFAR-10 has 10"),
+REFUSED = {  # a file -> what writes it, and what the line names
+    "cut.tflite": (lambda path: cut(write_tflite(path)),),
+    "cut.onnx": (lambda path: cut(write_onnx(path)),),
+    "cut.pt2": (lambda path: cut(write_exported(path)),),
+    "classes.tflite": (lambda path: write_tflite(path, classes=7), "7", "10"),
+    "classes.onnx": (lambda path: write_onnx(path, classes=7), "7", "10"),
+    "classes.pt2": (lambda path: write_exported(path, classes=7), "7", "10"),
     "shape.tflite": (
         lambda path: write_tflite(path, image=(16, 16, 3)),
-        "takes images of shape [16, 16, 3], CIFAR-10's are [3, 32, 32]",
+        "[16, 16, 3]",
+        "[3, 32, 32]",
     ),
     "shape.pt2": (
         lambda path: write_exported(path, torch.nn.Flatten(), image=(1, 28, 28)),
-        "takes images of shape [1, 28, 28], CIFAR-10's are [3, 32, 32]",
+        "[1, 28, 28]",
+        "[3, 32, 32]",
     ),
-    "two.tflite": (lambda path: write_tflite(path, inputs=2), "has 2 inputs, expected one"),
+    "two.tflite": (lambda path: write_tflite(path, inputs=2), "2"),
     "custom.onnx": (lambda path: write_onnx(path, domain="evil"), "evil"),
-    "system.pt2": (calling("torch.os.system", command="touch MARK"), "calls torch.os.system"),
+    "system.pt2": (calling("torch.os.system", command="touch MARK"), "torch.os.system"),
     "file.pt2": (
         calling("torch.ops.aten.from_file.default", filename="MARK"),
-        "calls torch.ops.aten.from_file.default",
+        "torch.ops.aten.from_file.default",
     ),
-    "older.pt2": (older, "holds 0 networks as PyTorch 2.9 or newer writes them, expected one"),
-    "packed.pt2": (compressed, "holds compressed records"),
-    "pickle.pt2": (pickled, "is a pickled tensor, which is not loaded"),
+    "older.pt2": (older, "0", "2.9"),
+    "packed.pt2": (compressed,),
+    "pickle.pt2": (pickled, "weight"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_run_gets_one_line(tmp_path, sample, worker, name):
-    write, words = REFUSED[name]
+    write, *words = REFUSED[name]
     write(tmp_path / name)
     with pytest.raises(ValueError) as caught:
         load_checkpoint(tmp_path / name, sample, Notes(), runner=worker)
     line = str(caught.value)
-    assert line.startswith(f"{tmp_path / name}: ") and words in line and len(line.splitlines()) == 1, line
+    assert str(tmp_path / name) in line and len(line.splitlines()) == 1, line
+    assert has_line(line.replace(str(tmp_path / name), ""), *words), line
     assert not (tmp_path / "MARK").exists()
 
 
@@ -467,7 +471,7 @@ def test_an_external_weight_of_another_folder_is_not_read(tmp_path, worker):
     shutil.move(tmp_path / "sub/d.data", tmp_path / "d.data")
     path.write_bytes(path.read_bytes().replace(b"d.data", b"../d.d"))
     shutil.move(tmp_path / "d.data", tmp_path / "d.d")
-    with pytest.raises(ValueError, match=r"d.onnx: .*External data path"):
+    with pytest.raises(ValueError, match=r"d\.onnx"):
         read_runtime(path, IMAGE, worker)
 
 
@@ -477,7 +481,7 @@ def test_a_missing_library_is_one_line_with_what_installs_it(tmp_path, monkeypat
     write = {"onnxruntime": write_onnx, "ai_edge_litert": write_tflite}[library]
     kind = kind_of(write(tmp_path / "network"))
     monkeypatch.setitem(sys.modules, library, None)  # as Python keeps what it could not find
-    with pytest.raises(runner.RunnerError, match=f"{kind.value}, which needs: pip install {package}$"):
+    with pytest.raises(runner.RunnerError, match=f"pip install {package}"):
         runner.answer({"kind": kind.name, "path": str(tmp_path / "network")}, {})
 
 
@@ -486,7 +490,7 @@ def test_a_library_that_crashes_costs_its_file_alone(tmp_path, worker):
     path = write_onnx(tmp_path / "d.onnx")
     network = Runtime(path, kind_of(path), IMAGE, worker)
     threading.Timer(0.2, worker.process.kill).start()
-    with pytest.raises(ValueError, match=r"d.onnx: damaged: its library fails on it .*ended with status -9"):
+    with pytest.raises(ValueError, match=r"d\.onnx.*-9"):
         while True:
             network(np.zeros((64, *IMAGE), np.float32))
     assert Runtime(path, kind_of(path), IMAGE, worker).classes == 10
