@@ -1,6 +1,6 @@
-# make          set up .venv, convert the bundled Keras model, evaluate it: offline but for pip
-# make MODEL=model.h5   the same with your own: model.pt beside it
-# make test     the test suite
+# make                  set up .venv, convert and evaluate the bundled Keras model; only pip needs the network
+# make MODEL=model.h5   the same for another Keras file; writes model.pt beside it
+# make test             run the test suite
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,8 +30,8 @@ lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# DATA_DIR holds cifar-10-batches-bin/; `make train ARGS=--download` gets the data set. 4 hours on 2 cores: the
-# teacher, which has not seen the last 5,000 images, and then the model. Started again, it goes on.
+# Train a teacher, without the last 5,000 images, then the model; resume what was stopped. About 12 hours on
+# 2 cores. DATA_DIR contains cifar-10-batches-bin/; `make train ARGS=--download` downloads it.
 TEACHER = checkpoints/teacher.training/teacher.h5
 DATA_DIR ?= data
 train: $(VENV)/.installed
@@ -42,12 +42,12 @@ bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -r tests/benchmarks/requirements.txt
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)
 
-# every recipe of RECIPES.md, on the full test set in DATA_DIR; ExecuTorch is 300 MB
+# run every recipe of RECIPES.md on the full test set in DATA_DIR; ExecuTorch is a download of 300 MB
 recipes: $(VENV)/.installed-tests
 	$(BIN)/pip install --quiet executorch
 	$(BIN)/python -m tests.recipes --data-dir $(DATA_DIR) $(ARGS)
 
 clean:
 	rm -rf $(VENV) results .pytest_cache .ruff_cache
-	rm -f $(addprefix checkpoints/resnet8,.pt .json _keras.keras.npz _keras.keras-sample.npz)  # what `make` makes, no more
+	rm -f $(addprefix checkpoints/resnet8,.pt .json _keras.keras.npz _keras.keras-*.npz)  # written by `make`
 	find . -name __pycache__ -prune -exec rm -rf {} +

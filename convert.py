@@ -1,186 +1,170 @@
-"""Convert a Keras ResNet8 to PyTorch, or back, and prove that nothing changed.
+"""Convert a Keras ResNet8 to PyTorch, or back, and verify that nothing changed.
 
     python convert.py [KERAS_FILE ...] [-o OUT.pt]
     python convert.py CHECKPOINT.pt [-o OUT.h5]
 
-reads the Keras file without running any of it, finds every layer's place by following the graph, permutes
-the axes of its tensors into PyTorch's layout, compares every layer's activations with Keras's own, and writes
-OUT.pt, a plain state_dict, and OUT.json, which says where it came from and what it wants to be fed.
+From Keras: read the file without running code from it, match its layers by their graph, permute the axes of
+their tensors to PyTorch's layout, compare every layer's activations with Keras, and write OUT.pt (a
+state_dict) and OUT.json (provenance and input normalization).
 
-A checkpoint goes the same way back: Keras builds and saves the model, and what it saved is read, matched and
-compared as any Keras file is, before OUT.h5 (or OUT.keras) and OUT.h5.json are written.
+Back to Keras: build and save the model with Keras, then read, match and compare the saved file as above, and
+write OUT.h5 (or OUT.keras) and OUT.h5.json.
 
-The rooms behind it: `models/keras/` reads Keras files and runs Keras, `models/conversion/` matches, maps and
-proves, in the five stages of its `stages.py`, by the table of `models/mapping.py`; `models/checkpoint.py` is
-the PyTorch side.
+Implementation: `models/keras/` reads Keras files and runs Keras, `models/conversion/` matches, maps and
+verifies, `models/mapping.py` is the table of tensors, `models/checkpoint.py` reads and writes PyTorch files.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` and -P look for nothing here
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` and -P do not add it
 
 from data.cifar10 import DataError
-from models.common.errors import OutputExistsError, VerificationError, printable
-from models.common.kinds import OTHER_SUFFIXES
-from models.common.terminal import (
-    Parser,
-    a_file,
-    add_keras_python,
-    add_key,
-    add_scaling,
-    beside_the_scripts,
-    check_scaling,
+from models.common.cli import (
+    OutputExistsError,
+    VerificationError,
+    add_shared_options,
+    echo,
+    file_path,
+    in_repository,
+    make_parser,
     print_error,
-    print_note,
-    print_summary,
+    printable,
     run,
 )
-from models.conversion.placing import graph_of, with_graph, with_rescaling
-from models.files.metadata import (
+from models.common.files import (
     KERAS_SUFFIXES,
     check_outputs,
     is_checkpoint,
-    json_of,
+    json_path,
+    metadata_if_current,
     write_with_json,
-    written_metadata,
 )
-from models.keras.file import read_keras_content, read_keras_file, start_reader
-from models.keras.process import KerasProcess
-from models.keras.worker import Worker, WorkerError
+from models.common.job import JobError
+from models.conversion.match import add_rescaling, layers_of_state_dict, place_weights
+from models.keras.file import read_keras_content, read_keras_file
+from models.keras.reference import Keras
+from models.normalization import Normalization
 
-# What needs torch is imported where a file is converted: by then Keras and the reader are starting.
+# torch is imported inside the functions, so that Keras and the reader start in parallel.
 
-DEFAULT_INPUT = "checkpoints/resnet8_keras.h5"  # beside this script
-FAILURES = (ValueError, OutputExistsError, VerificationError, WorkerError, DataError, OSError)
-WRITES_KERAS = "; a Keras file is written by Keras, so this way needs it"
-WITHOUT_KERAS = "; --no-verify converts without the comparison with Keras"
+DEFAULT_INPUT = "checkpoints/resnet8_keras.h5"  # in the repository
+OTHER_SUFFIXES = set(".json .onnx .tflite .pt2 .pte .safetensors .hdf5 .pb .npz .npy .zip".split())
+FAILURES = (ValueError, OutputExistsError, VerificationError, JobError, DataError, OSError)
 
 
-class Job(NamedTuple):
-    """A file of the command line, and what it becomes."""
+class Task(NamedTuple):
+    """An input file and its output."""
 
     path: Path
     output: Path
-    is_back: bool  # whether it is a checkpoint, on its way back to Keras
-
-    @property
-    def hint(self) -> str:
-        """What to do without Keras."""
-        return WRITES_KERAS if self.is_back else WITHOUT_KERAS
+    to_keras: bool
 
 
 def main() -> int:
     """Convert the files of the command line; return the exit status."""
     options = parse_arguments()
-    back = [job for job in options.jobs if job.is_back]
-    asks_keras = bool(back) or not options.no_verify
+    to_keras = any(task.to_keras for task in options.tasks)
     try:
-        with (
-            start_reader() as reader,
-            KerasProcess(options.keras_python) if asks_keras else nullcontext() as keras,
-        ):
-            outcomes = [convert(job, options, reader, keras) for job in options.jobs]
-    except WorkerError as error:
-        print_error(f"{error}{(back or options.jobs)[0].hint}")
+        with nullcontext() if options.no_verify and not to_keras else Keras(options.keras_python) as keras:
+            outcomes = [convert(task, options, keras) for task in options.tasks]
+    except JobError as error:
+        print_error(f"{error}; {advice_without_keras(to_keras)}")
         return 1
     if len(outcomes) > 1:
-        print_summary(outcomes)
-    return int(any(metadata is None for _, metadata, _ in outcomes))
+        print_summary(options.tasks, outcomes)
+    return int(any(metadata is None for metadata, _ in outcomes))
 
 
-def convert(
-    job: Job, options: argparse.Namespace, reader: Worker, keras: KerasProcess | None
-) -> tuple[Path, dict | None, str]:
-    """Convert one file; return its path, metadata and output, or None and why not, which is printed."""
-    path, output, is_back = job
-    fed, verify, verbose = (options.mean, options.std), not options.no_verify, options.verbose
+def convert(task: Task, options: argparse.Namespace, keras: Keras | None) -> tuple[dict | None, str]:
+    """Convert one file; return (metadata, output), or (None, error message) after printing it."""
+    path, output, to_keras = task
+    shared = {"mean": options.mean, "std": options.std, "verbose": options.verbose}
     try:
         check_outputs(output, options.force, path)
-        if is_back:
-            rescaling, key = options.rescaling, options.key
-            metadata = convert_back(path, output, reader, keras, *fed, rescaling, verify, verbose, key)
-        else:
-            against = keras if verify else None
-            metadata = convert_file(path, output, reader, against, *fed, options.bn_eps, verbose)
-        return path, metadata, str(output)
+        if to_keras:
+            back = {"rescaling": options.rescaling, "verify": not options.no_verify, "key": options.key}
+            return convert_back(path, output, keras, **shared, **back), str(output)
+        keras = None if options.no_verify else keras
+        return convert_file(path, output, keras, **shared, bn_eps=options.bn_eps), str(output)
     except FAILURES as error:
         message = str(error).removeprefix(f"{path}: ")
-        if isinstance(error, OSError):  # what cannot be read is a KerasFileError or a ValueError
-            message = f"cannot write {output} and its .json: {error.strerror}"
-        if isinstance(error, WorkerError):
-            print(error.log, file=sys.stderr, end="")
-            message += job.hint
+        if isinstance(error, OSError):  # a write error: read errors are KerasFileError or ValueError
+            message = f"cannot write {output} and its JSON: {error.strerror}"
+        if isinstance(error, JobError):
+            for line in error.log.splitlines()[:-1]:  # the last line is in the message
+                print(line, file=sys.stderr)
+            message += f"; {advice_without_keras(to_keras)}"
         print_error(f"{path}: {message}")
-        return path, None, message
+        return None, message
 
 
 def convert_file(
     path: Path,
     output: Path,
-    reader: Worker,
-    keras: KerasProcess | None = None,
+    keras: Keras | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
     bn_eps: float = 1e-3,
     verbose: bool = False,
 ) -> dict:
-    """Convert one Keras file, verify it if there is a Keras process, write `output` and its JSON; return it.
+    """Convert a Keras file, verify it if `keras` is given, and write `output` and its JSON; return the JSON.
 
-    `mean` and `std` (a value, or one a channel, in pixel units) say what the Keras model is fed:
-    (pixel - mean) / std. Raises KerasFileError, VerificationError, WorkerError, OSError; writes nothing then.
+    `mean` and `std` (a scalar or one value per channel, in pixel units) are the input normalization of the
+    Keras model. Raises KerasFileError, VerificationError, JobError or OSError; then nothing is written.
     """
-    # Read: the file's layers in one form, whatever its format, and what its model is fed
-    file = with_graph(read_keras_file(path, reader), bn_eps)
-    introduce(path, file.format, file.notes)
-    written = written_metadata(path, file.sha256).get("input", {})
-    mean, std = mean or written.get("mean"), std or written.get("std")
+    # Read: the layers, independent of the format, and the input normalization
+    with ThreadPoolExecutor(1) as thread:  # read while torch is imported: saves 0.4 s
+        reading = thread.submit(read_keras_file, path)
+        from models.checkpoint import architecture_of, write_checkpoint
+        from models.conversion.stages import verify
+    file = place_weights(reading.result(), bn_eps)
+    print_source(path, file.format, file.notes)
+    described = metadata_if_current(path, file.sha256).get("input", {})
+    mean, std = mean or described.get("mean"), std or described.get("std")
 
-    # Match, map, and prove that every layer computes what Keras's computes
-    from models.checkpoint import architecture_of, write_checkpoint
-    from models.conversion.stages import prove
+    # Match, map and verify
+    reference = partial(keras.reference, file) if keras else None
+    conversion = verify(file, mean, std, reference, verbose)
 
-    proven = prove(file, mean, std, keras, verbose)
-
-    # Write: the state_dict, and what there is to know about it
-    architecture = architecture_of(proven.model)
-    metadata = {
-        "architecture": architecture,
-        "source": {
-            "file": os.path.relpath(path, output.parent),
-            "sha256": file.sha256,
-            "format": file.format,
-            "keras_version": file.keras_version,
-            "assumed": file.assumed,
-            "input": asdict(proven.keras_input),
-        },
-        "input": {
-            "layout": "NCHW",
-            "shape": [architecture["in_channels"], *file.input_shape[:2]],
-            "range": [0, 255],
-            **asdict(proven.pytorch_input),
-        },
-        **proof_of(proven.results),
+    # Write the state_dict and its JSON
+    source = {
+        "file": os.path.relpath(path, output.parent),
+        "sha256": file.sha256,
+        "format": file.format,
+        "keras_version": file.keras_version,
+        "assumed": file.assumed,
+        "input": asdict(conversion.keras_input),
     }
-    metadata = write_checkpoint(output, proven.model, metadata)
-    print(f"  wrote {output} and {json_of(output)}")
+    height, width, channels = file.input_shape
+    images = {"layout": "NCHW", "shape": [channels, height, width], "range": [0, 255]}
+    metadata = {
+        "architecture": architecture_of(conversion.model),
+        "source": source,
+        "input": images | asdict(conversion.pytorch_input),
+        **verification_json(conversion.results),
+    }
+    metadata = write_checkpoint(output, conversion.model, metadata)
+    echo(f"  wrote {output} and {json_path(output)}")
     return metadata
 
 
 def convert_back(
     path: Path,
     output: Path,
-    reader: Worker,
-    keras: KerasProcess,
+    keras: Keras,
     mean: list[float] | None = None,
     std: list[float] | None = None,
     rescaling: bool = False,
@@ -188,74 +172,96 @@ def convert_back(
     verbose: bool = False,
     key: str | None = None,
 ) -> dict:
-    """Convert one checkpoint to Keras, write `output` (.h5 or .keras) and its JSON; return the latter.
+    """Convert a checkpoint to Keras; write `output` (.h5 or .keras) and its JSON; return the JSON.
 
-    `mean` and `std` (a value, or one a channel, in pixel units) say what the network is fed, where its JSON
-    does not; the Keras model is fed the same, or, with `rescaling`, plain pixels. `key` names one of several
-    state_dicts in the file. Raises ValueError for what is no checkpoint, VerificationError, WorkerError,
-    OSError; writes nothing then.
+    `mean` and `std` (a scalar or one value per channel, in pixel units) override the input normalization of
+    the JSON. The Keras model has the same one; with `rescaling` it has a Rescaling layer and takes pixels
+    0-255. `key` selects one of several state_dicts. Raises ValueError for an invalid checkpoint,
+    VerificationError, JobError or OSError; then nothing is written.
     """
     from models.checkpoint import architecture_of, read_checkpoint
-    from models.conversion.proof import compare_scaling
-    from models.conversion.stages import prove
+    from models.conversion import stages
+    from models.conversion.verify import probe_images
+    from models.resnet8 import ResNet8
 
-    # Read: the network, what it is fed, and BatchNorm's constants
+    # Read: the network, its input normalization, BatchNorm epsilon and momentum
     try:
-        checkpoint = read_checkpoint(path, key=key).fed(mean, std)
+        checkpoint = read_checkpoint(path, ResNet8, key=key).with_normalization(mean, std)
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    scaling, architecture = checkpoint.scaling, architecture_of(checkpoint.model)
+        raise ValueError(str(error.strerror)) from None
+    normalization, architecture = checkpoint.normalization, architecture_of(checkpoint.model)
     channels, *image_size = checkpoint.input_shape
-    introduce(path, "PyTorch state_dict", checkpoint.notes)
+    print_source(path, "PyTorch state_dict", checkpoint.notes)
 
-    # Build: Keras is given the graph and its arrays, and saves it; what it saved is read as any Keras file is
+    # Build and save the model with Keras, then read the saved file
     norm = {"epsilon": architecture["bn_eps"], "momentum": round(1 - architecture["bn_momentum"], 12)}
-    state = {key: value.numpy() for key, value in checkpoint.model.state_dict().items()}
-    layers = graph_of(state, image_size, norm)
-    layers = with_rescaling(layers, scaling) if rescaling else layers
-    file = read_keras_content(output, keras.build(layers, output.suffix), reader)
-    mean, std = (None, None) if rescaling else (scaling.mean, scaling.std)
+    state = {name: value.numpy() for name, value in checkpoint.model.state_dict().items()}
+    layers, keras_input = layers_of_state_dict(state, image_size, norm), normalization
+    if rescaling:
+        layers, keras_input = add_rescaling(layers, normalization), Normalization.from_args(channels)
+    images, others = probe_images([*image_size, channels])
+    content, reference = keras.build(layers, output.suffix, images, others, keras_input)
+    file = read_keras_content(output, content)
 
-    # Match, map, and prove that every layer computes what PyTorch's computes
-    proven = prove(file, mean, std, keras if verify else None, verbose, checkpoint.model)
-    compare_scaling(proven.pytorch_input, scaling)
+    # Match, map and verify
+    answer = (lambda *_: reference) if verify else None
+    conversion = stages.verify(file, keras_input.mean, keras_input.std, answer, verbose, checkpoint.model)
+    stages.check_normalization(conversion.pytorch_input, normalization)
 
-    # Write: the Keras file, and what there is to know about it
+    # Write the Keras file and its JSON
+    source = {
+        "file": os.path.relpath(path, output.parent),
+        "sha256": checkpoint.sha256,
+        "format": "PyTorch state_dict",
+        "input": asdict(normalization),
+    }
+    images = {"layout": "NHWC", "shape": [*image_size, channels], "range": [0, 255]}
     metadata = {
         "architecture": architecture,
-        "source": {
-            "file": os.path.relpath(path, output.parent),
-            "sha256": checkpoint.sha256,
-            "format": "PyTorch state_dict",
-            "input": asdict(scaling),
-        },
-        "input": {
-            "layout": "NHWC",
-            "shape": [*image_size, channels],
-            "range": [0, 255],
-            **asdict(proven.keras_input),
-        },
-        **proof_of(proven.results, keras=file.keras_version),
+        "source": source,
+        "input": images | asdict(conversion.keras_input),
+        **verification_json(conversion.results, keras=file.keras_version),
         "sha256": file.sha256,
     }
     write_with_json(output, file.content, metadata)
-    print(f"  {proven.keras_input.says('the Keras model')}")
-    print(f"  wrote {output} and {json_of(output)}")
+    echo(f"  input of the Keras model: {conversion.keras_input}")
+    echo(f"  wrote {output} and {json_path(output)}")
     return metadata
 
 
-def introduce(path: Path, kind: str, notes: list[str]) -> None:
-    """Print which file it is, and what is to be said of it."""
-    print(printable(f"{path}: {kind}"))
+def print_source(path: Path, file_format: str, notes: list[str]) -> None:
+    """Print a file's name, format and notes."""
+    echo(printable(f"{path}: {file_format}"))
     for note in notes:
-        print_note(note, indent="  ")
+        echo(printable(f"  note: {note}"))
 
 
-def proof_of(results: dict | None, **versions: str) -> dict:
-    """Return what the JSON says of the proof: its figures, by which versions of what, and when.
+def print_summary(tasks: list[Task], outcomes: list[tuple[dict | None, str]]) -> None:
+    """Print one row per file: result, largest difference of the probabilities, and output or error."""
+    from rich.console import Console
+    from rich.table import Table
 
-    `versions` are those of libraries in other processes that have written the file.
-    """
+    table = Table("file", "result", "probabilities (float64)", "output or error", box=None)
+    for task, (metadata, detail) in zip(tasks, outcomes, strict=True):
+        result, difference = "failed", ""
+        if metadata:
+            results = metadata["verification"]
+            result = "converted"
+            difference = f"{results['float64']['probabilities']:.1e}" if results else "not verified"
+        table.add_row(printable(str(task.path)), result, difference, printable(detail))
+    console = Console(file=io.StringIO(), width=10_000, markup=False, emoji=False, highlight=False)
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    echo("\n".join(["", *map(str.rstrip, lines)]))
+
+
+def advice_without_keras(to_keras: bool) -> str:
+    """Return the hint printed when Keras is unavailable."""
+    return "writing a Keras file requires Keras" if to_keras else "--no-verify converts without Keras"
+
+
+def verification_json(results: dict | None, **versions: str) -> dict:
+    """Return the JSON entries about the verification; `versions`: libraries of the Keras process."""
     return {
         "verification": results,
         "versions": {**{name: version(name) for name in ("torch", "numpy", "h5py")}, **versions},
@@ -264,72 +270,71 @@ def proof_of(results: dict | None, **versions: str) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the command line; exits with status 2 when it makes no sense."""
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "files", metavar="FILE", type=a_file, nargs="*", help=f"Keras files, or checkpoints ({DEFAULT_INPUT})"
+    """Parse the command line; exit with status 2 if it is wrong."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "files", metavar="FILE", type=file_path, nargs="*", help=f"Keras file or checkpoint ({DEFAULT_INPUT})"
     )
-    add = parser.add_argument_group("what is written").add_argument
-    add("-o", "--output", metavar="OUT", help="the .pt, .h5 or .keras; a folder for several files")
-    add("--force", action="store_true", help="replace files that convert.py did not write")
-    add("-v", "--verbose", action="store_true", help="print the mapping, one row a tensor")
-    group = parser.add_argument_group("what the files do not say")
-    add_scaling(group, "the model")
-    group.add_argument("--bn-eps", type=float, default=1e-3, help="epsilon of Keras weights alone (0.001)")
-    add_key(group)
-    group.add_argument(
-        "--rescaling", action="store_true", help="back to Keras: it is to scale its own pixels"
+    add = parser.add_argument_group("output").add_argument
+    add(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="output file (.pt, .h5, .keras), or a folder (default: beside the input)",
     )
-    group = parser.add_argument_group("the proof")
-    group.add_argument(
-        "--no-verify", action="store_true", help="do not compare with Keras (needs no tensorflow)"
+    add("--force", action="store_true", help="overwrite files not written by convert.py, or modified since")
+    add("-v", "--verbose", action="store_true", help="print the mapping, one row per tensor")
+    group = parser.add_argument_group("input")
+    add_shared_options(group)
+    add = group.add_argument
+    add(
+        "--bn-eps",
+        type=float,
+        default=1e-3,
+        help="BatchNormalization epsilon of weights-only files (default: 0.001)",
     )
-    add_keras_python(group)
-    arguments = parser.parse_args()
-
-    check_scaling(parser, arguments)
-    if not 0 < arguments.bn_eps < 1:
+    add(
+        "--rescaling",
+        action="store_true",
+        help="to Keras: include the input normalization as a Rescaling layer",
+    )
+    add = parser.add_argument_group("verification").add_argument
+    add("--no-verify", action="store_true", help="skip the comparison with Keras (TensorFlow not required)")
+    options = parser.parse_args()
+    if not 0 < options.bn_eps < 1:
         parser.error("--bn-eps must be between 0 and 1")
     try:
-        arguments.jobs = jobs_of(arguments.files, arguments.output or "")
+        options.tasks = plan(options.files, options.output or "")
     except ValueError as error:
         parser.error(str(error))
-    if arguments.rescaling and not all(job.is_back for job in arguments.jobs):
-        parser.error("--rescaling is for checkpoints: a Keras file has its own, or none")
-    return arguments
+    if options.rescaling and not all(task.to_keras for task in options.tasks):
+        parser.error("--rescaling requires a PyTorch checkpoint as input")
+    return options
 
 
-def jobs_of(files: list[Path], output: str) -> list[Job]:
-    """Return what each file becomes. Raises ValueError with one line where `-o output` makes no sense."""
-    bundled = beside_the_scripts(DEFAULT_INPUT)
-    jobs = []
-    for path in files or [bundled]:
-        is_back = is_checkpoint(path)
-        becomes = path.with_suffix(".h5" if is_back else ".pt")
-        if path.absolute() == bundled.absolute():
-            becomes = path.with_name("resnet8.pt")
-        jobs.append(Job(path, becomes, is_back))
-    if output:
-        is_folder = Path(output).is_dir() or output.endswith(("/", os.sep))
-        if len(jobs) > 1 and Path(output).suffix in (".pt", ".pth", *KERAS_SUFFIXES) and not is_folder:
-            raise ValueError(f"-o {output}: several files need a folder")
-        into = len(jobs) > 1 or is_folder
-        jobs = [job._replace(output=Path(output, job.output.name) if into else Path(output)) for job in jobs]
-    outputs, sources = [job.output for job in jobs], {os.path.realpath(job.path) for job in jobs}
-    for path, output, is_back in jobs:
-        if outputs.count(output) > 1:
-            raise ValueError(f"two of the files would be written to {output}")
-        if is_back != (output.suffix in KERAS_SUFFIXES):
-            wanted = "a checkpoint becomes .h5 or .keras" if is_back else "that is a Keras file's"
-            raise ValueError(f"-o {output}: {wanted} ({path})")
-        if output.suffix.lower() in OTHER_SUFFIXES:
-            raise ValueError(f"-o {output}: what is written is a PyTorch state_dict; call it .pt")
-        if output.suffix == ".json":
-            raise ValueError(f"-o {output}: the .json beside the checkpoint would be written over it")
-        if sources & {os.path.realpath(output), os.path.realpath(json_of(output))}:
-            kind = "a checkpoint" if any(job.is_back for job in jobs) else "a Keras file"
-            raise ValueError(f"{output} and its .json would be written over {kind}: name another with -o")
-    return jobs
+def plan(files: list[Path], output: str) -> list[Task]:
+    """Return every file's task. Raises ValueError for an invalid `-o`."""
+    is_folder = Path(output or "-").is_dir() or output.endswith(("/", os.sep))
+    if len(files) > 1 and not is_folder and Path(output).suffix in (".pt", ".pth", *KERAS_SUFFIXES):
+        raise ValueError(f"-o {output}: expected a folder for several files")
+    tasks, default = [], in_repository(DEFAULT_INPUT)
+    for path in files or [default]:
+        to_keras = is_checkpoint(path)
+        target = path.with_suffix(".h5" if to_keras else ".pt")
+        if path.absolute() == default.absolute():
+            target = path.with_name("resnet8.pt")
+        if output:
+            target = Path(output, target.name) if is_folder or len(files) > 1 else Path(output)
+        if to_keras != (target.suffix in KERAS_SUFFIXES) or target.suffix.lower() in OTHER_SUFFIXES:
+            expected = " or ".join(KERAS_SUFFIXES) if to_keras else ".pt"
+            raise ValueError(f"-o {target}: expected {expected} as the output for {path}")
+        tasks.append(Task(path, target, to_keras))
+    written = [os.path.realpath(path) for task in tasks for path in (task.output, json_path(task.output))]
+    read = {os.path.realpath(task.path) for task in tasks}
+    if clash := [path for path in written if path in read or written.count(path) > 1]:
+        raise ValueError(f"{clash[0]} would overwrite an input or another output; choose another -o")
+    return tasks
 
 
 if __name__ == "__main__":

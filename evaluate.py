@@ -1,11 +1,10 @@
-"""Evaluate a ResNet8 checkpoint on CIFAR-10, against the Keras model that it was converted from.
+"""Evaluate ResNet8 checkpoints on CIFAR-10, and compare them with their Keras model and with each other.
 
-    python evaluate.py [CHECKPOINT] [OTHER ...]
+    python evaluate.py [FILE ...]
 
-feeds every test image to the network, prints its accuracy beside Keras's, and writes metrics.txt and
-metrics.json. Keras runs once: its probabilities are kept beside the checkpoint, and later runs need no
-TensorFlow. OTHER files are evaluated alike: what did a change cost? A file is a state_dict (.pt,
-.safetensors), or what was made of one: ONNX, TensorFlow Lite, torch.export's .pt2.
+Runs all test images through each model, prints tables, and writes metrics.txt and metrics.json. Keras runs
+once per file: its predictions are cached beside the Keras file. A model is a state_dict (.pt, .safetensors)
+or an export of one: ONNX, TensorFlow Lite, torch.export (.pt2).
 """
 
 from __future__ import annotations
@@ -15,139 +14,160 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import ArrayLike
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for `python -I` and `python -P`
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` and -P look for nothing here
-
-from data.cifar10 import PARTS, DataError, Dataset, load_test
-from models.common.terminal import (
-    Notes,
-    Parser,
-    a_file,
-    add_keras_python,
-    add_key,
-    add_scaling,
-    beside_the_scripts,
-    check_scaling,
-    output_width,
-    print_error,
-    run,
-)
+from data.cifar10 import CLASS_NAMES, PARTS, DataError, Dataset, load_test
+from models.common import cli
+from models.common.files import RUNTIME_FORMATS, detect_format, json_path, read_metadata, sha256_of
+from models.common.job import JobError
 from models.evaluation.baseline import keras_baseline
-from models.evaluation.loading import load_checkpoint, predictor
 from models.evaluation.metrics import (
     Predictions,
     check_guards,
-    compare,
+    compare,  # noqa: F401  # for `from evaluate import compare, score`
     near_chance_notes,
     short_names,
 )
 from models.evaluation.results import Evaluation, check_results, write_results
-from models.evaluation.runtimes import calibration_note, start_runner
-from models.keras.worker import WorkerError
-from models.scaling import Scaling
+from models.normalization import Normalization
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import, and is not needed for `--help` or usage errors
+    import numpy as np
     import torch
+    from numpy.typing import ArrayLike
 
     from models.checkpoint import Checkpoint
 
-# torch, and what imports it, is imported where it is first needed: `--help` and a wrong option need none.
-
-# BatchNorm may be folded into the convolutions, which is faster: in a file that is evaluated alone as long as
-# no probability is further than this from Keras's; of several files `predictor` decides on each.
-MAX_FOLDED_DIFFERENCE = 1e-5
-SHORTFALL = 3  # the exit status for --min-accuracy and --max-drop
+SHORTFALL = 3  # exit status: --min-accuracy or --max-drop not met
 
 
 def main() -> int:
-    """Evaluate; return the exit status."""
+    """Parse the command line and evaluate; return the exit status."""
     options = parse_arguments()
     try:
         return evaluate(options)
-    except WorkerError as error:
+    except JobError as error:
         print(error.log, file=sys.stderr, end="")
         message = f"{error}; --no-keras evaluates without the baseline"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        if options.is_default and error.filename == str(options.checkpoint):
-            message += "; python convert.py makes it"
+        if options.is_default and error.filename == str(options.files[0]):
+            message += "; create it with: python convert.py"
     except (DataError, ValueError) as error:
         message = str(error)
-    print_error(message)
+    cli.print_error(message)
     return 1
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluate the checkpoints of the command line, print and write the results, return the exit status."""
-    notes = Notes()
-    check_results(options.output, options.report, [options.checkpoint, *options.compare])  # before the work
+    """Evaluate the files of the command line, print and write the results; return the exit status."""
+    notes, files, names = cli.Notes(), options.files, short_names(options.files)
+
+    # Check inputs and outputs before the expensive steps
+    check_results(options.output)
     dataset = load_test(options.data_dir, options.data, options.download)
     if dataset.notice:
         notes.add(dataset.notice)
+    for path in filter(None, [*files, options.keras]):
+        detect_format(path)  # raises OSError for a missing file
+    from models.evaluation.inference import predictor
 
-    # Load and predict: one at a time, so that memory does not grow
-    predict, files = predictor(dataset, options), [options.checkpoint, *options.compare]
-    name, *compared_names = short_names(files)
-    with start_runner(files) as runner:
-        fit = {"dtype": options.dtype, "key": options.key, "runner": runner}
-        checkpoint = load_checkpoint(options.checkpoint, dataset, notes, options.mean, options.std, **fit)
-        may_fold = checkpoint.is_as_converted and not options.compare and options.dtype == "float32"
-        ours = None if may_fold else predict(checkpoint, name)
-        compared, origins = [], {name: checkpoint.origin}
-        for path, compared_name in zip(options.compare, compared_names, strict=True):
-            other = load_checkpoint(path, dataset, notes, like=checkpoint, **fit)
-            compared.append(predict(other, compared_name))
-            origins[compared_name] = other.origin
+    predict = predictor(dataset, options)
+
+    # Run the images through one model after the other, then through Keras
+    fit = {"dtype": options.dtype, "key": options.key}
+    first = load_checkpoint(files[0], dataset, notes, options.mean, options.std, **fit)
+    ours, compared = predict(first, names[0]), []
+    origins, hashes = {names[0]: first.origin}, [first.sha256]
+    for path, name in zip(files[1:], names[1:], strict=True):
+        other = load_checkpoint(path, dataset, notes, like=first, **fit)
+        compared.append(predict(other, name))
+        origins[name] = other.origin
+        hashes.append(other.sha256)
     keras = None
     if not options.no_keras:
-        keras = keras_baseline(checkpoint, options.keras, origins, dataset, options.keras_python, notes)
+        keras = keras_baseline(first, options.keras, origins, dataset, options.keras_python, notes)
     if options.max_drop is not None and not keras and not compared:
-        raise ValueError("--max-drop: there is neither a Keras baseline nor a --compare to measure a drop by")
-    ours = ours or predict_folded(predict, checkpoint, name, keras, notes)
+        raise ValueError("--max-drop needs a Keras baseline or another file to measure a drop from")
 
     # Print and write
     guards = check_guards([ours, *compared], keras or ours, options.min_accuracy, options.max_drop)
-    evaluation = Evaluation(
-        dataset, checkpoint, ours, keras, compared, notes.lines, guards, options.per_class
-    )
-    print(f"\n{evaluation.summary(output_width())}")
-    for near_chance in near_chance_notes(ours, compared, keras, options.mean or options.std):
-        notes.add(near_chance)
-    for each in (ours, *compared):
-        if note := calibration_note(each, dataset):
-            notes.add(note)
+    evaluation = Evaluation(dataset, ours, keras, compared, hashes, notes.lines, guards, options.per_class)
+    cli.echo(f"\n{evaluation.summary()}")
+    for note in near_chance_notes([ours, *compared]):
+        notes.add(note)
     written = write_results(evaluation, options.output, options.report)
-    print(f"wrote {', '.join(map(str, written))}")
+    cli.echo(f"wrote {', '.join(map(str, written))}")
     return print_shortfalls(guards)
 
 
+def load_checkpoint(
+    path: Path,
+    dataset: Dataset,
+    notes: cli.Notes,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    like: Checkpoint | None = None,
+    dtype: str = "float32",
+    key: str | None = None,
+) -> Checkpoint:
+    """Load a model that fits the data. Raises OSError, or ValueError with one line.
+
+    `mean` and `std` override the normalization in the file's JSON. If neither has it, the normalization of
+    `like` applies, else pixels 0-255. `key` selects one of several state_dicts. For ONNX, TensorFlow Lite and
+    torch.export files the checkpoint's `model` is None.
+    """
+    import torch
+
+    from models.checkpoint import Checkpoint, read_checkpoint
+    from models.resnet8 import ResNet8
+
+    channels, classes = dataset.images.shape[1], len(CLASS_NAMES)
+    if detect_format(path) in RUNTIME_FORMATS:
+        metadata = read_metadata(path)
+        try:
+            normalization = Normalization.from_json(metadata.get("input", {}), channels)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        checkpoint = Checkpoint(path, None, sha256_of(path), normalization, metadata)
+    else:
+        precision = torch.float64 if dtype == "float64" else torch.float32
+        checkpoint = read_checkpoint(path, ResNet8, precision, key)
+        channels, classes = checkpoint.model.conv1.in_channels, checkpoint.model.fc.out_features
+    if checkpoint.read_note:
+        notes.add(checkpoint.read_note)
+    described, json_name = checkpoint.metadata.get("input", {}), json_path(path).name
+    shape, needed = [channels, *(described.get("shape") or [None] * 3)[1:]], list(dataset.images.shape[1:])
+    if any(size not in (None, right) for size, right in zip(shape, needed, strict=True)):
+        raise ValueError(f"{path}: expects images of shape {shape}; CIFAR-10 images are {needed}")
+    if classes != len(CLASS_NAMES):
+        raise ValueError(f"{path}: has {classes} classes; CIFAR-10 has {len(CLASS_NAMES)}")
+    if mean or std:
+        checkpoint = checkpoint.with_normalization(mean, std)
+    elif "mean" not in described or "std" not in described:
+        missing = f"no mean and std in {json_name}" if checkpoint.metadata else f"no {json_name}"
+        if like:
+            checkpoint = replace(checkpoint, normalization=like.normalization)
+            notes.add(f"{missing}: using {like.path.name}'s input normalization for {path.name}")
+        else:
+            notes.add(f"{missing}: assuming pixels 0-255 for {path.name}; override with --mean and --std")
+    if "sha256" in checkpoint.metadata and not checkpoint.is_as_converted:
+        notes.add(f"{path} was modified after conversion (fine-tuned?): its SHA-256 is not in {json_name}")
+    return checkpoint
+
+
 def print_shortfalls(guards: list[dict]) -> int:
-    """Print which bounds of --min-accuracy and --max-drop are not met; return the exit status."""
+    """Print the thresholds that are not met to stderr; return the exit status."""
     unmet = [guard for guard in guards if not guard["met"]]
     for guard in unmet:
         below = f" below {guard['below']}" if "below" in guard else ""
         measured = f"{guard['checkpoint']}: accuracy {guard['measured']:.4f}{below}"
-        print(f"shortfall: {measured}, {guard['guard']} {guard['bound']:g}", file=sys.stderr)
+        print(cli.printable(f"shortfall: {measured}, {guard['guard']} {guard['bound']:g}"), file=sys.stderr)
     return SHORTFALL if unmet else 0
-
-
-def predict_folded(
-    predict: Callable, checkpoint: Checkpoint, name: str, keras: Predictions | None, notes: Notes
-) -> Predictions:
-    """Predict with BatchNorm folded, which changes the rounding, as long as Keras is there to hold it to."""
-    if keras:
-        ours = predict(checkpoint, name, fold=True)
-        if compare(keras, ours)["max_abs_probability_difference"] <= MAX_FOLDED_DIFFERENCE:
-            return ours
-        notes.add(
-            f"folded, a probability was {MAX_FOLDED_DIFFERENCE:g} or more from Keras's: unfolded instead"
-        )
-    return predict(checkpoint, name)
 
 
 def score(
@@ -160,87 +180,106 @@ def score(
     workers: int = 1,
     path: Path | None = None,
 ) -> Predictions:
-    """Feed a data set to a network, and measure how long that takes.
+    """Evaluate any network on a data set, and measure its speed.
 
-    `network` is any function of a (N, 3, 32, 32) float32 tensor that gives (N, 10) logits, a tensor or an
-    array: quantized, exported, compiled, or of another runtime. It is fed (pixel - mean) / std, `mean` and
-    `std` a value, or one a channel, in pixel units; without them what `ResNet8.from_checkpoint` has read of
-    it, or else plain pixels, 0 to 255. `workers` threads call it at a time. Warns when it is near chance, as
-    it is when it is fed wrongly. Raises ValueError when it is in train mode, or its outputs are none, NaN or
-    infinite.
+    `network` maps a (N, 3, 32, 32) float32 tensor to (N, 10) logits, a tensor or an array: quantized,
+    exported, compiled, or of another library. Its input is (pixel - mean) / std, for pixels 0-255; `mean` and
+    `std` are scalars or one value per channel. Default: the normalization read by `ResNet8.from_checkpoint`,
+    else pixels 0-255. `workers` is the number of threads. Warns if the accuracy is near chance, as with a
+    wrong normalization. Raises ValueError if `network` is in train mode, or if the logits have a wrong shape
+    or are not finite.
     """
     from models.evaluation.inference import measure
 
-    known = getattr(network, "scaling", None) or Scaling.given(dataset.images.shape[1])
-    scaling = known.overruled(mean, std)
-    found = measure(network, dataset, scaling, name, batch_size, workers, path)
-    if found.is_near_chance:
-        fed = f"mean {scaling.mean}, std {scaling.std}"
-        warnings.warn(f"{name} is near chance: most likely it is to be fed otherwise ({fed})", stacklevel=2)
-    return found
+    known = getattr(network, "normalization", None) or Normalization.from_args(dataset.images.shape[1])
+    predictions = measure(network, dataset, known.override(mean, std), name, batch_size, workers, path)
+    if predictions.is_near_chance:
+        reason = f"the input normalization is probably wrong ({predictions.normalization})"
+        warnings.warn(f"{name} is near chance: {reason}", stacklevel=2)
+    return predictions
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the command line; exits with status 2 when it makes no sense."""
-
-    def count(given: str) -> int:
-        value = int(given)
-        if value < 1:
-            raise ValueError
-        return value
-
-    def fraction(given: str) -> float:
-        value = float(given)
-        if not 0 <= value <= 1:
-            raise argparse.ArgumentTypeError(f"{given} is not a fraction from 0 to 1 (0.87 is 87 %)")
-        return value
-
-    parser = Parser(__doc__)
+    """Parse the command line; `files` includes `--compare`. Exit with status 2 if it is wrong."""
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
         "files",
         metavar="FILE",
         nargs="*",
-        type=a_file,
-        help="CHECKPOINT (checkpoints/resnet8.pt), and files to compare it with: "
+        type=cli.file_path,
+        help="model to evaluate (default: checkpoints/resnet8.pt), and further models to compare with it: "
         ".pt, .safetensors, .onnx, .tflite, .pt2",
     )
     add = parser.add_argument_group("images").add_argument
-    add("--data-dir", metavar="DIR", type=Path, help="where CIFAR-10 is (data)")
-    add("--data", choices=PARTS, default="auto", help="the test set, 1,000 of it, MLPerf Tiny's 200 or 500")
-    add("--download", action="store_true", help="download the test set into --data-dir if it is not there")
-    group = parser.add_argument_group("what the files do not say")
-    add_scaling(group, "CHECKPOINT")
-    add_key(group)
-    group = parser.add_argument_group("what it is compared with")
-    add = group.add_argument
-    add("--compare", metavar="OTHER", type=a_file, nargs="+", default=[], help="more FILEs, after the others")
-    add("--keras", metavar="KERAS_FILE", type=a_file, help="the baseline (what CHECKPOINT came from)")
-    add("--no-keras", action="store_true", help="no baseline")
-    add_keras_python(group)
-    add = parser.add_argument_group("how it is computed").add_argument
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the fastest)")
-    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(float32)")
-    add("--batch-size", metavar="N", type=count, help="images at a time (CPU: 64, else 1024)")
-    add("--workers", metavar="N", type=count, help="threads that run a batch each (CPU: one a core, else 1)")
+    add("--data-dir", metavar="DIR", type=Path, help="CIFAR-10 folder (default: data)")
+    add(
+        "--data",
+        choices=PARTS,
+        default="auto",
+        help="full test set, 1,000-image sample, or MLPerf Tiny's 200 (perf) or 500 (calibration) images "
+        "(default: full if present, else sample)",
+    )
+    add("--download", action="store_true", help="download the test set to --data-dir if missing")
+    cli.add_shared_options(parser.add_argument_group("input"))
+    add = parser.add_argument_group("comparison").add_argument
+    add("--compare", metavar="OTHER", type=cli.file_path, nargs="+", default=[], help="same as further FILEs")
+    add(
+        "--keras",
+        metavar="KERAS_FILE",
+        type=cli.file_path,
+        help="Keras file to compare with (default: the source of the first FILE)",
+    )
+    add("--no-keras", action="store_true", help="evaluate without a baseline")
+    add = parser.add_argument_group("computation").add_argument
+    add(
+        "--allow-code",
+        action="store_true",
+        help="load .pt2 files, which can execute code; use only with trusted files",
+    )
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: the fastest)")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(default: float32)")
+    add(
+        "--batch-size",
+        metavar="N",
+        type=cli.positive_int,
+        help="images per batch (default: 64 on CPU, else 1024)",
+    )
+    add(
+        "--workers",
+        metavar="N",
+        type=cli.positive_int,
+        help="inference threads (default: one per core on CPU, else 1)",
+    )
     add = parser.add_argument_group("results").add_argument
-    add("--output", metavar="DIR", type=Path, default=Path("results"), help="metrics.txt, .json (results)")
-    add("--report", action="store_true", help="draw report.png too")
-    add("--per-class", action="store_true", help="accuracy per class, however many models there are")
-    add("--min-accuracy", metavar="A", type=fraction, help="exit with status 3 below this fraction")
-    add("--max-drop", metavar="D", type=fraction, help="and if further below Keras, or else CHECKPOINT")
+    add(
+        "--output", metavar="DIR", type=Path, default=Path("results"), help="output folder (default: results)"
+    )
+    add("--report", action="store_true", help="also draw report.png")
+    add("--per-class", action="store_true", help="print accuracy per class even for several files")
+    add(
+        "--min-accuracy",
+        metavar="A",
+        type=cli.unit_interval,
+        help="exit with status 3 if an accuracy is below A (0 to 1)",
+    )
+    add(
+        "--max-drop",
+        metavar="D",
+        type=cli.unit_interval,
+        help="exit with status 3 if an accuracy is more than D below Keras (without Keras: the first FILE)",
+    )
     options = parser.parse_intermixed_args()
-    options.checkpoint, *others = options.files or [beside_the_scripts("checkpoints/resnet8.pt")]
-    options.is_default, options.compare = not options.files, others + options.compare
-    check_scaling(parser, options)
+    options.is_default = not options.files
+    options.files = (options.files or [cli.in_repository("checkpoints/resnet8.pt")]) + options.compare
     if options.keras and options.no_keras:
-        parser.error("--keras and --no-keras exclude each other")
-    if options.max_drop is not None and options.no_keras and not options.compare:
-        parser.error("--max-drop needs a Keras baseline or a --compare to measure a drop by")
+        parser.error("--keras and --no-keras cannot be combined")
+    if options.max_drop is not None and options.no_keras and len(options.files) == 1:
+        parser.error("--max-drop needs a Keras baseline or another file to measure a drop from")
     if options.data_dir and options.data == "auto":
-        options.data = "full"  # a folder that was named and does not hold it is a mistake
-    options.data_dir = options.data_dir or beside_the_scripts("data")
+        options.data = "full"  # an explicit --data-dir must contain the test set
+    options.data_dir = options.data_dir or cli.in_repository("data")
     return options
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(cli.run(main))

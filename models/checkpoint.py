@@ -1,36 +1,55 @@
-"""A checkpoint: a `.pt` file, and the JSON beside it that says where it came from and what it is fed.
+"""PyTorch checkpoints: a state_dict (`.pt`, `.safetensors`) and the JSON beside it.
 
-Both are written whole or not at all, and read without running any code, whatever may stand in them.
+Files are read without running code from them, and written completely or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from data.files import sha256_of
-from models.files.metadata import check_owner, read_metadata, write_with_json
-from models.files.state_dict import read_network
-from models.resnet8 import ResNet8
-from models.scaling import Scaling
+from models.common.cli import one_line
+from models.common.files import (
+    ADVICE,
+    Format,
+    check_metadata,
+    detect_format,
+    json_path,
+    read_metadata,
+    sha256_of,
+    write_with_json,
+)
+from models.normalization import Normalization
+
+SAVE = "torch.save(model.state_dict(), ...) writes one"
+MAX_DEPTH = 3  # of dicts in dicts
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+COUNTER = "num_batches_tracked"  # of a BatchNorm; not needed for inference
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A network, what it is to be fed, and what `convert.py` wrote about it."""
+    """A network with its input normalization and the JSON that `convert.py` wrote beside it."""
 
     path: Path
-    model: ResNet8  # or, of another format, `evaluation/runtimes.py`'s Runtime
+    model: nn.Module | None  # a ResNet8 in eval mode; None for formats that other libraries run
     sha256: str
-    scaling: Scaling
-    metadata: dict  # of the JSON file beside it; {} if there is none
-    read_as: str  # what was done to read it; "" for a plain float32 state_dict
+    normalization: Normalization
+    metadata: dict  # the JSON beside the file; {} if none
+    read_note: str = ""  # steps taken to read it; "" for a plain float32 state_dict
 
     @property
     def is_as_converted(self) -> bool:
@@ -39,63 +58,240 @@ class Checkpoint:
 
     @property
     def input_shape(self) -> list[int | None]:
-        """The images' shape, [channels, height, width]; height and width may be None: any."""
+        """Input shape [channels, height, width]; a height or width of None accepts any."""
         shape = self.metadata.get("input", {}).get("shape", [None, 32, 32])
         return [self.model.conv1.in_channels, *shape[1:]]
 
     @property
     def notes(self) -> list[str]:
-        """What was done to read it, and what the JSON does not say and was assumed."""
-        norm, fed = self.metadata.get("architecture", {}), self.metadata.get("input", {})
-        assumed = []
-        if "bn_eps" not in norm or "bn_momentum" not in norm:
-            assumed.append(
-                f"BatchNorm epsilon {self.model.bn1.eps:g} and momentum {self.model.bn1.momentum:g}"
-            )
-        if "shape" not in fed:
-            assumed.append("32 x 32 images")
-        if "mean" not in fed or "std" not in fed:
-            assumed.append(self.scaling.says(self.path.name))
-        read_as = [self.read_as] if self.read_as else []
-        described_in = self.path.with_suffix(".json")
-        lacks = "does not say it" if described_in.exists() else "is not there"
-        missing = f"{described_in.name} {lacks}; assumed: {', '.join(assumed)}"
-        return read_as + ([missing] if assumed else [])
+        """Steps taken to read the file, and values assumed because the JSON lacks them."""
+        bn = self.model.bn1
+        known = {**self.metadata.get("architecture", {}), **self.metadata.get("input", {})}
+        defaults = {
+            "bn_eps": f"BatchNorm epsilon {bn.eps:g}",
+            "bn_momentum": f"BatchNorm momentum {bn.momentum:g}",
+            "shape": "32 x 32 images",
+            "mean": f"input {self.normalization}",
+            "std": f"input {self.normalization}",
+        }
+        assumed = ", ".join(dict.fromkeys(text for key, text in defaults.items() if key not in known))
+        note = f"assumed, since not in {json_path(self.path).name}: {assumed}" if assumed else ""
+        return [each for each in (self.read_note, note) if each]
 
     @property
     def bn_eps(self) -> float:
-        """BatchNorm's epsilon, as `read_checkpoint` takes it from the JSON."""
+        """BatchNorm epsilon from the JSON, or Keras's default."""
         return self.metadata.get("architecture", {}).get("bn_eps", 1e-3)
 
-    def fed(self, mean: list[float] | None, std: list[float] | None) -> Checkpoint:
-        """Return it with what is given (a value, or one a channel) in the place of what the JSON says."""
-        given = {name: values for name, values in (("mean", mean), ("std", std)) if values}
-        scaling = self.scaling.overruled(mean, std)
-        described = {**self.metadata.get("input", {}), **given}
-        return replace(self, scaling=scaling, metadata={**self.metadata, "input": described})
+    def with_normalization(self, mean: list[float] | None, std: list[float] | None) -> Checkpoint:
+        """Return a copy whose normalization is overridden, with `mean` and `std` as in `from_args`."""
+        overrides = {name: values for name, values in (("mean", mean), ("std", std)) if values}
+        metadata = {**self.metadata, "input": {**self.metadata.get("input", {}), **overrides}}
+        return replace(self, normalization=self.normalization.override(mean, std), metadata=metadata)
 
     @property
-    def keras_scaling(self) -> Scaling:
-        """What the Keras model is fed: something else where the scaling is a layer of it."""
-        return self.scaling.updated(self.metadata.get("source", {}).get("input", {}))
+    def keras_normalization(self) -> Normalization:
+        """Input normalization of the Keras model; it differs where a Keras layer normalizes."""
+        described = self.metadata.get("source", {}).get("input", {})
+        return self.normalization.override(described.get("mean"), described.get("std"))
 
     @property
     def origin(self) -> str | None:
-        """The SHA-256 of the file that it was converted from, if the JSON says it."""
+        """SHA-256 of the file that this one was converted from, if the JSON has it."""
         return self.metadata.get("source", {}).get("sha256")
 
 
-def read_checkpoint(path: Path, dtype: torch.dtype = torch.float32, key: str | None = None) -> Checkpoint:
-    """Return a `convert.py` checkpoint: the network, in eval mode, and what the JSON beside it says.
+def read_checkpoint(
+    path: Path, network: type[nn.Module], dtype: torch.dtype = torch.float32, key: str | None = None
+) -> Checkpoint:
+    """Read a state_dict file into `network` (the class `ResNet8`), in eval mode, with weights in `dtype`.
 
-    `key` names one of several state_dicts in the file. Raises OSError and ValueError as `read_network` does.
+    BatchNorm's constants and the input normalization come from the JSON beside the file, else the defaults;
+    a safetensors file may have the normalization in its metadata. `key` selects one of several state_dicts.
+    The normalization is also set as `model.normalization`. Raises OSError, and ValueError with one line.
     """
-    model, metadata, read_as = read_network(ResNet8, path, dtype, key)
-    return Checkpoint(path, model, sha256_of(path), model.scaling, metadata, read_as)
+    metadata, is_safetensors = read_metadata(path), detect_format(path) is Format.SAFETENSORS
+    content, own_metadata = load_safetensors(path) if is_safetensors else (load_torch(path), {})
+    metadata = {**metadata, **own_metadata}
+    if is_safetensors:
+        metadata.pop("sha256", None)  # of a `.pt` of the same name
+    with torch.device("meta"):
+        names = list(network().state_dict())
+    state, steps = find_state_dict(path, content, names, key)
+    check_tensors(path, state, dtype)
+    steps += apply_masks(path, state)
+    stored = {dtype_name(tensor.dtype) for tensor in state.values() if tensor.is_floating_point()}
+    if stored not in ({dtype_name(dtype)}, {"float32"}):
+        steps.append(f"{', '.join(sorted(stored))} weights as {dtype_name(dtype)}")
+    architecture = metadata.get("architecture", {})
+    constants = {name: architecture[name] for name in ("bn_eps", "bn_momentum") if name in architecture}
+    try:
+        model = network.from_state_dict(state, **constants).to(dtype)
+        channels = model.conv1.in_channels
+        normalization = Normalization.from_json(metadata.get("input", {}), channels)
+        Normalization.from_json(metadata.get("source", {}).get("input", {}), channels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model.normalization = normalization
+    note = f"{path.name} read as a state_dict: {', '.join(steps)}" if steps else ""
+    return Checkpoint(path, model, sha256_of(path), normalization, metadata, note)
 
 
-def architecture_of(model: ResNet8) -> dict:
-    """Return what the JSON says of the network: what `ResNet8` is called with to make another like it."""
+def load_torch(path: Path) -> object:
+    """Return the content of a `torch.save` file, loaded with `weights_only=True`, which runs no code of it.
+
+    Raises OSError, and ValueError with one line if it is damaged, of another format, or holds objects.
+    """
+    found = detect_format(path)
+    if found not in (Format.TORCH, Format.ZIP, Format.UNKNOWN, Format.FOLDER):  # opening a folder: OSError
+        advice = f"; {ADVICE[found]}" if found in ADVICE else ""
+        raise ValueError(f"{path}: is {found.value}; expected a state_dict{advice}")
+    try:
+        if found in (Format.TORCH, Format.ZIP):  # torch.save stores records as they are
+            records = zipfile.ZipFile(path).infolist()
+            is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+            if is_compressed or sum(record.file_size for record in records) > path.stat().st_size:
+                raise zipfile.BadZipFile("compressed or overlong records")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]{1,80}) ", str(error))
+        reason = f"contains pickled objects other than tensors ({name[1]}); not loaded" if name else "damaged"
+        raise ValueError(f"{path}: {reason}; expected a state_dict: {SAVE}") from None
+    except Exception as error:  # damage raises anything
+        raise ValueError(f"{path}: damaged or not a PyTorch file ({one_line(error)})") from None
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors of a safetensors file by name, and its metadata: {"input": ...} or {}.
+
+    Raises ValueError with one line if it is damaged, or the metadata is not as in a JSON of `convert.py`.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise ValueError(f"{path}: is a safetensors file, which needs: pip install safetensors") from None
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            described = file.metadata() or {}
+        metadata = {"input": json.loads(described["input"])} if "input" in described else {}
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, RecursionError, and what torch raises for odd types
+        raise ValueError(f"{path}: damaged or not a safetensors file ({one_line(error)})") from None
+    check_metadata(path, metadata)
+    return state, metadata
+
+
+def find_state_dict(path: Path, content: object, names: list[str], key: str | None) -> tuple[dict, list[str]]:
+    """Return the one state_dict in a file's content that has all `names`, and the steps taken to get it.
+
+    It may be in dicts of any keys, have a prefix common to all names, and be pruned; `key` selects one of
+    several. Raises ValueError with one line if there is none.
+    """
+    found = {}  # "net.ema" -> keys, common prefix, state_dict without the prefix
+    for keys, state in state_dicts(content):
+        found[".".join(keys)] = keys, *remove_prefix(state)
+    if not found:
+        items = content.items() if isinstance(content, dict) else ()
+        others = [f"{name!r} is a {type(x).__name__}" for name, x in items if not isinstance(x, Tensor)]
+        reason = others[0] if others else f"holds a {type(content).__name__}"
+        raise ValueError(f"{path}: {reason}; expected a state_dict (tensors by name): {SAVE}")
+    fitting = {place: each for place, each in found.items() if not missing_names(each[2], names)}
+    if not fitting:
+        place, (_, prefix, state) = max(found.items(), key=lambda item: len(item[1][2]))
+        differences = [f"{name} is missing" for name in missing_names(state, names)[:1]]
+        differences += [f"{prefix}{name} is unexpected" for name in state if name not in names][:1]
+        size = f"{repr(place) if place else 'the file'} has {len(state)} tensors, but not a ResNet8's"
+        raise ValueError(f"{path}: {size}: {', '.join(differences)}")
+    choice = ", ".join(map(repr, fitting))
+    if key is not None and key not in fitting and "" not in fitting:
+        raise ValueError(f"{path}: --key {key}: no ResNet8 under this key; found: {choice}")
+    if key is None and len({tuple(map(id, state.values())) for *_, state in fitting.values()}) > 1:
+        raise ValueError(f"{path}: holds several state_dicts: {choice}; select one with --key")
+    keys, prefix, state = fitting.get(key) or next(iter(fitting.values()))
+    return state, [f"under '{each}'" for each in keys] + ([f"without '{prefix}'"] if prefix else [])
+
+
+def state_dicts(content: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """Yield the dicts of tensors by name in nested dicts, each with the keys that lead to it."""
+    if not isinstance(content, dict):
+        return
+    if content and all(isinstance(name, str) and isinstance(content[name], Tensor) for name in content):
+        yield keys, content
+    elif len(keys) < MAX_DEPTH:
+        for key, value in content.items():
+            yield from state_dicts(value, (*keys, str(key)))
+
+
+def remove_prefix(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Return the common prefix of all names, such as `module.`, and a copy of the state_dict without it.
+
+    `n_averaged`, a counter of `torch.optim.swa_utils.AveragedModel`, has no prefix, and is removed with it.
+    """
+    removed, state = "", dict(state)
+    while True:
+        shared = os.path.commonprefix([name for name in state if name != "n_averaged"])  # noqa: RUF071
+        prefix = shared[: shared.rfind(".") + 1]
+        if not prefix:
+            return removed, state
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name != "n_averaged"}
+        removed += prefix
+
+
+def missing_names(state: dict[str, Tensor], names: list[str]) -> list[str]:
+    """Return the names that a state_dict lacks, apart from counters and pruned weights."""
+    required = (name for name in names if not name.endswith(COUNTER))
+    return [name for name in required if name not in state and f"{name}_orig" not in state]
+
+
+def check_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise ValueError for a tensor that has no values of its own, or not those of a network in `dtype`."""
+    for name, tensor in state.items():
+        is_float = tensor.is_floating_point()
+        if tensor.is_quantized:
+            reason = "is quantized; score a quantized network from Python (evaluate.score)"
+        elif tensor.is_meta or not tensor.numel():
+            reason = f"has no values (shape {tuple(tensor.shape)}, {tensor.device})"
+        elif tensor.dtype not in FLOATS | INTEGERS:
+            reason = f"is {dtype_name(tensor.dtype)}; expected float32, float64, float16 or bfloat16"
+        elif tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:  # expanded
+            reason = f"does not store the {tensor.numel():,} values of its shape"
+        elif not is_float and not name.endswith((COUNTER, "_mask")):
+            reason = f"is {dtype_name(tensor.dtype)}; expected floats; quantized networks: evaluate.score"
+        elif not tensor.isfinite().all():
+            reason = "has values that are NaN or infinite"
+        elif is_float and not tensor.to(dtype).isfinite().all():
+            reason = f"has values too large for {dtype_name(dtype)}"
+        elif name.endswith("running_var") and (tensor < 0).any():
+            reason = f"is negative ({tensor.min():g})"
+        else:
+            continue
+        raise ValueError(f"{path}: {name} {reason}")
+
+
+def apply_masks(path: Path, state: dict[str, Tensor]) -> list[str]:
+    """Multiply weights pruned by `torch.nn.utils.prune` by their masks, in place; return the step taken."""
+    pruned = [name.removesuffix("_mask") for name in state if name.endswith("_mask")]
+    for name in pruned:
+        weight, mask = state.pop(f"{name}_orig", None), state.pop(f"{name}_mask")
+        if weight is None or weight.shape != mask.shape:
+            raise ValueError(f"{path}: {name}_mask has no {name}_orig of its shape")
+        state[name] = weight * mask
+    return ["pruned weights multiplied by their masks"] if pruned else []
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def architecture_of(model: nn.Module) -> dict:
+    """Return the arguments of `ResNet8` that build a network of the same architecture."""
     return {
         "num_classes": model.fc.out_features,
         "width": model.conv1.out_channels,
@@ -105,41 +301,38 @@ def architecture_of(model: ResNet8) -> dict:
     }
 
 
-def write_checkpoint(path: Path, model: nn.Module, metadata: dict) -> dict:
-    """Write a network's state_dict to `path`, and beside it `metadata` with its SHA-256; return the latter.
-
-    Raises OSError; then neither file is touched.
-    """
-    content = _saved(model)
-    metadata = {**metadata, "sha256": hashlib.sha256(content).hexdigest()}
-    write_with_json(path, content, metadata)
-    return metadata
-
-
-def _saved(model: nn.Module) -> bytes:
-    """Return what `torch.save` writes of a network's state_dict."""
+def state_dict_bytes(model: nn.Module) -> bytes:
+    """Return the content of the file that `torch.save` writes for a network's state_dict."""
     content = io.BytesIO()
     torch.save(model.state_dict(), content)
     return content.getvalue()
 
 
-def save_checkpoint(model: nn.Module, path: str | Path, like: str | Path) -> None:
-    """Save a network that was made from the checkpoint `like` (fine-tuned, pruned), with a JSON of its own.
+def write_checkpoint(path: Path, model: nn.Module, metadata: dict) -> dict:
+    """Write a state_dict and its JSON, `metadata` with the file's SHA-256; return the latter.
 
-    The JSON says what `like`'s says and still holds: the input, and the Keras file to compare with; sizes and
-    BatchNorm's constants are the network's own. It has no SHA-256 and no verification, since `convert.py` did
-    not write it. Raises OSError, ValueError when `like`'s JSON is not as `convert.py` writes it, or when the
-    network's BatchNorms are folded, which nothing here would read again, and OutputExistsError where the JSON
-    of `path` is that of another file, as of `x.pt` for `x.pth`.
+    Raises OSError; then neither file has changed.
+    """
+    content = state_dict_bytes(model)
+    metadata = {**metadata, "sha256": hashlib.sha256(content).hexdigest()}
+    write_with_json(path, content, metadata)
+    return metadata
+
+
+def save_checkpoint(model: nn.Module, path: str | Path, like: str | Path) -> None:
+    """Save a network derived from the checkpoint `like` (fine-tuned, pruned), with a JSON of its own.
+
+    The JSON keeps `like`'s input and source; sizes and BatchNorm's constants are the network's. It has no
+    SHA-256 and no verification, since `convert.py` did not write it. Raises OSError, and ValueError if
+    `like`'s JSON is damaged or BatchNorm has been folded: such a state_dict could not be read again.
     """
     path, like = Path(path), Path(like)
-    network = getattr(model, "module", model)  # of a DataParallel, of an AveragedModel
+    network = getattr(model, "module", model)  # of DataParallel and AveragedModel
     if not isinstance(network.bn1, nn.BatchNorm2d):
-        raise ValueError(f"{path}: the network's BatchNorms are gone (folded?): save the one before")
-    check_owner(path)
-    kept = {key: value for key, value in read_metadata(like).items() if key not in ("sha256", "verification")}
-    kept["architecture"] = architecture_of(network)
-    if "file" in kept.get("source", {}):  # which is relative to the JSON
-        source = os.path.relpath(like.parent / kept["source"]["file"], path.parent)
-        kept["source"] = {**kept["source"], "file": source}
-    write_with_json(path, _saved(model), kept)
+        raise ValueError(f"{path}: BatchNorm is folded; save the network before folding")
+    metadata = {k: v for k, v in read_metadata(like).items() if k not in ("sha256", "verification")}
+    metadata["architecture"] = architecture_of(network)
+    if "file" in metadata.get("source", {}):  # relative to the JSON
+        source = os.path.relpath(like.parent / metadata["source"]["file"], path.parent)
+        metadata["source"] = {**metadata["source"], "file": source}
+    write_with_json(path, state_dict_bytes(model), metadata)

@@ -1,8 +1,8 @@
-"""The mapping: every variable of a Keras layer, and the PyTorch parameter that it becomes.
+"""The mapping: every variable of a Keras layer and its PyTorch parameter.
 
-Pure data, read in both directions: every transform permutes axes, so that from left to right a Keras file
-becomes a state_dict, and from right to left a state_dict becomes a Keras file, bit for bit. Which layer is
-which is told by `models/graph.py`.
+Pure data, used in both directions. Every entry permutes axes: from left to right a Keras file becomes a
+state_dict, from right to left a state_dict becomes a Keras file, bit for bit. `models/graph.py` identifies
+the layers.
 
 Variables: https://keras.io/api/layers/; parameters: https://pytorch.org/docs/stable/nn.html.
 """
@@ -11,19 +11,19 @@ from typing import NamedTuple
 
 
 class Variable(NamedTuple):
-    """A variable of a Keras layer, and the parameter of the PyTorch module that it becomes."""
+    """A variable of a Keras layer and the PyTorch parameter that it becomes."""
 
-    name: str  # Keras's
-    parameter: str  # PyTorch's
+    name: str  # in Keras
+    parameter: str  # in PyTorch
     axes: tuple[int, ...]  # axis i of the PyTorch tensor is axis axes[i] of the Keras tensor
-    switch: str | None = None  # the Keras layer's option that leaves the variable out when it is False
-    absent: float | None = None  # what Keras computes with then
+    enabled_by: str | None = None  # option of the Keras layer; if False, the variable is missing
+    default: float | None = None  # constant that Keras computes with if the variable is missing
 
 
 # fmt: off
-MAPPING = {  # by Keras's class; a layer's variables in the order in which Keras saves them
+MAPPING = {  # by Keras class; variables in the order in which Keras saves them
     "Conv2D": (
-        #        Keras              PyTorch        axes          switch      if absent
+        #        Keras              PyTorch        axes          enabled by  default
         Variable("kernel",          "weight",      (3, 2, 0, 1)),  # (H, W, in, out) -> (out, in, H, W)
         Variable("bias",            "bias",        (0,),         "use_bias", 0.0),
     ),
@@ -42,5 +42,7 @@ MAPPING = {  # by Keras's class; a layer's variables in the order in which Keras
 
 
 def saved_variables(class_name: str, config: dict) -> list[str]:
-    """Return the names of the variables that a Keras layer of this configuration has, in saved order."""
-    return [variable.name for variable in MAPPING.get(class_name, ()) if config.get(variable.switch, True)]
+    """Return the names of the variables of a Keras layer with this configuration, in saved order."""
+    return [
+        variable.name for variable in MAPPING.get(class_name, ()) if config.get(variable.enabled_by, True)
+    ]

@@ -1,34 +1,34 @@
-"""ResNet8 for CIFAR-10, in PyTorch: the network, structure only.
+"""ResNet8 for CIFAR-10 in PyTorch: the architecture.
 
-    layer               output (C x H x W)    parameters    multiply-accumulates
-    conv1   3x3          16 x 32 x 32                448                 442,368
-    bn1                  16 x 32 x 32            32 + 32
-    layer1.conv1 3x3     16 x 32 x 32              2,320               2,359,296
-    layer1.bn1           16 x 32 x 32            32 + 32
-    layer1.conv2 3x3     16 x 32 x 32              2,320               2,359,296
-    layer1.bn2           16 x 32 x 32            32 + 32
-    layer2.conv1 3x3 /2  32 x 16 x 16              4,640               1,179,648
-    layer2.bn1           32 x 16 x 16            64 + 64
-    layer2.conv2 3x3     32 x 16 x 16              9,248               2,359,296
-    layer2.bn2           32 x 16 x 16            64 + 64
-    layer2.downsample 1x1 /2  32 x 16 x 16           544                 131,072
-    layer3.conv1 3x3 /2  64 x  8 x  8             18,496               1,179,648
-    layer3.bn1           64 x  8 x  8          128 + 128
-    layer3.conv2 3x3     64 x  8 x  8             36,928               2,359,296
-    layer3.bn2           64 x  8 x  8          128 + 128
-    layer3.downsample 1x1 /2  64 x  8 x  8         2,112                 131,072
-    avgpool              64
-    fc                   10                          650                     640
-    total                                 78,186 + 480              12,501,632
+    layer                      output (C x H x W)    parameters    multiply-accumulates
+    conv1   3x3                16 x 32 x 32                448                 442,368
+    bn1                        16 x 32 x 32            32 + 32
+    layer1.conv1 3x3           16 x 32 x 32              2,320               2,359,296
+    layer1.bn1                 16 x 32 x 32            32 + 32
+    layer1.conv2 3x3           16 x 32 x 32              2,320               2,359,296
+    layer1.bn2                 16 x 32 x 32            32 + 32
+    layer2.conv1 3x3 /2        32 x 16 x 16              4,640               1,179,648
+    layer2.bn1                 32 x 16 x 16            64 + 64
+    layer2.conv2 3x3           32 x 16 x 16              9,248               2,359,296
+    layer2.bn2                 32 x 16 x 16            64 + 64
+    layer2.downsample 1x1 /2   32 x 16 x 16                544                 131,072
+    layer3.conv1 3x3 /2        64 x  8 x  8             18,496               1,179,648
+    layer3.bn1                 64 x  8 x  8          128 + 128
+    layer3.conv2 3x3           64 x  8 x  8             36,928               2,359,296
+    layer3.bn2                 64 x  8 x  8          128 + 128
+    layer3.downsample 1x1 /2   64 x  8 x  8              2,112                 131,072
+    avgpool                    64
+    fc                         10                          650                     640
+    total                                       78,186 + 480              12,501,632
 
-Parameters are trainable + statistics (a BatchNorm's running mean and variance): 78,666 in all, as Keras
-counts. Every 3x3 convolution is padded as Keras pads ('same'), every convolution has a bias, the shortcuts
-of stages 2 and 3 are 1x1 convolutions without BatchNorm, and a ReLU follows every BatchNorm but a block's
-second, where it follows the addition.
+Parameters are trainable + statistics (running mean and variance of BatchNorm): 78,666 in all, as counted by
+Keras. The 3x3 convolutions have Keras's 'same' padding, every convolution has a bias, the shortcuts of stages
+2 and 3 are 1x1 convolutions without BatchNorm, and a ReLU follows every BatchNorm except the second of a
+block, where it follows the addition.
 
-Sources: the architecture is MLPerf Tiny's image classification reference (Banbury et al. 2021,
-arXiv:2106.07597; mlcommons/tiny, benchmark/training/image_classification/keras_model.py, `resnet_v1_eembc`),
-after He et al. 2015 (arXiv:1512.03385). Module names are torchvision's (torchvision/models/resnet.py).
+Sources: MLPerf Tiny's image classification reference (Banbury et al. 2021, arXiv:2106.07597; mlcommons/tiny,
+benchmark/training/image_classification/keras_model.py, `resnet_v1_eembc`), after He et al. 2015
+(arXiv:1512.03385). Module names are torchvision's (torchvision/models/resnet.py).
 """
 
 import warnings
@@ -40,17 +40,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@torch.fx.wrap  # a step of its own in a traced network: the size is not known there, and `max` is a decision
+@torch.fx.wrap  # one FX node: `max` cannot be traced with a symbolic size
 def same_padding(size: int, kernel: int, stride: int) -> int:
-    """Return what an axis of `size` lacks for ceil(size / stride) windows."""
+    """Return the total 'same' padding of an axis, in pixels."""
     return max((size - 1) // stride * stride + kernel - size, 0)
 
 
 class SamePadConv2d(nn.Conv2d):
-    """A strided convolution, padded as TensorFlow pads 'same': ceil(size / stride) outputs, for every size.
+    """A strided convolution with TensorFlow's 'same' padding: ceil(size / stride) outputs for every size.
 
-    The padding is what the last window lacks, its odd pixel at the bottom and right. An even size with kernel
-    3 and stride 2 gets (0, 1), where PyTorch's `padding=1` gives (1, 1) and other outputs. Source:
+    If the padding is odd, the extra pixel is at the bottom or right. An even size with kernel 3 and stride 2
+    is padded by (0, 1); PyTorch's `padding=1` is (1, 1) and gives other outputs. Source:
     https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
     """
 
@@ -63,7 +63,7 @@ class SamePadConv2d(nn.Conv2d):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them; a strided block's shortcut is a 1x1 convolution."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution in a strided block."""
 
     def __init__(
         self, in_channels: int, channels: int, stride: int, bn_eps: float, bn_momentum: float
@@ -87,12 +87,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet8(nn.Module):
-    """ResNet8: (N, in_channels, H, W) images in, (N, num_classes) logits out.
+    """ResNet8: (N, in_channels, H, W) images to (N, num_classes) logits.
 
     `width` is the number of filters of the first stage; the second has twice, the third four times as many.
-    `bn_eps` and `bn_momentum` default to what Keras's defaults (epsilon 1e-3, momentum 0.99,
-    https://keras.io/api/layers/normalization_layers/batch_normalization/) are in PyTorch, whose momentum is
-    one minus Keras's.
+    `bn_eps` and `bn_momentum` default to Keras's epsilon 1e-3 and momentum 0.99, which is 0.01 in PyTorch
+    (https://keras.io/api/layers/normalization_layers/batch_normalization/).
     """
 
     def __init__(
@@ -123,20 +122,18 @@ class ResNet8(nn.Module):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], bn_eps: float = 1e-3, bn_momentum: float = 0.01
     ) -> "ResNet8":
-        """Return the network of the shape that the tensors have, with these very tensors, in eval mode.
+        """Build a network in eval mode from a state_dict; sizes are inferred from the shapes.
 
-        Raises ValueError with one line when they are not a ResNet8's.
+        Raises ValueError with one line if it is not a ResNet8's.
         """
         try:
             num_classes = state["fc.weight"].shape[0]
             width, in_channels, *_ = state["conv1.weight"].shape
-            with torch.device("meta"):  # shapes without memory: a file can claim any width
+            with torch.device("meta"):  # allocates nothing: a file may have any width
                 model = cls(num_classes, width, in_channels, bn_eps, bn_momentum)
             model.load_state_dict(state, assign=True)
         except KeyError as error:
-            inner = [name for name in state if name.endswith(f".{error.args[0]}")]
-            hint = f" ({inner[0]} is one of a larger model's: save its ResNet8 alone)" if inner else ""
-            raise ValueError(f"no tensor {error}: not a ResNet8's state_dict{hint}") from None
+            raise ValueError(f"not a ResNet8's state_dict: {error} is missing") from None
         except (RuntimeError, IndexError, ValueError) as error:
             reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
             raise ValueError(f"not a ResNet8's state_dict: {reasons}") from None
@@ -144,17 +141,16 @@ class ResNet8(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, map_location: str | torch.device = "cpu") -> "ResNet8":
-        """Return the network of a `convert.py` checkpoint, of the shape its tensors have, in eval mode.
+        """Load a checkpoint written by `convert.py`, in eval mode; sizes are inferred from its tensors.
 
-        It needs the repository around this file; `from_state_dict` does not. BatchNorm's epsilon and momentum
-        come from the JSON file beside the checkpoint, or are the defaults where there is none; so does what
-        the network is fed, its `scaling` (`models/scaling.py`). No code in the file is run
-        (`weights_only=True`). Raises OSError when a file cannot be read, ValueError with one line when it is
-        not a ResNet8's state_dict.
+        Requires the repository around this file. BatchNorm's epsilon and momentum, and the model's attribute
+        `normalization` (`models/normalization.py`), are read from the JSON beside the checkpoint; defaults if
+        missing. Runs no code from the file (`weights_only=True`). Raises OSError if a file cannot be read,
+        ValueError with one line if it is not a ResNet8's state_dict.
         """
-        from models.files.state_dict import read_network  # all else in this file needs torch alone
+        from models.checkpoint import read_checkpoint  # everything else in this file depends only on torch
 
-        network, _, read_as = read_network(cls, Path(path))
-        if read_as:
-            warnings.warn(read_as, stacklevel=2)
-        return network.to(map_location)
+        checkpoint = read_checkpoint(Path(path), cls)
+        if checkpoint.read_note:
+            warnings.warn(checkpoint.read_note, stacklevel=2)
+        return checkpoint.model.to(map_location)

@@ -1,16 +1,17 @@
-"""What the tests of several rooms share: Keras files and references, written once; the processes behind them.
+"""Shared fixtures: Keras files and references, a Keras process, reading without jobs.
 
-The tests run on all cores, in processes of their own (pytest-xdist). What takes seconds to make is made once:
-for all of them (`written`), or in one of them, which runs the tests that need it (`TOGETHER`).
+Tests run on all cores, in one process per core (pytest-xdist). Files that take seconds to write are written
+once for all processes (`written`); tests that share other work run in one of them (`TOGETHER`).
 """
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a core: more threads would only be in their way
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core per process
     os.environ["OMP_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,24 +24,27 @@ import pytest
 from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
+import convert
 from convert import convert_file
-from models.common.errors import KerasFileError
-from models.conversion.matching import match_graph
-from models.conversion.tensors import map_tensors
-from models.keras.file import read_keras_file, start_reader
-from models.keras.process import KerasProcess
+from models.common.cli import KerasFileError
+from models.common.job import Job
+from models.conversion.match import match_graph
+from models.conversion.stages import map_tensors
+from models.keras.file import read_keras_file
 from models.resnet8 import ResNet8
 from tests.evaluating import converted, real, sample  # noqa: F401  # fixtures
 from tests.keras_files.networks import WRITERS
+from tests.keras_files.reading import InProcessReader
+from tests.keras_process import RememberingKeras
 
 ROOT = Path(__file__).parents[1]
-TOGETHER = {  # how the names of tests begin that share what is made in seconds -> what that is
+TOGETHER = {  # beginning of the tests' names -> their group, which runs in one process
     "tests/test_proof.py": "keras",
-    "tests/test_recipes.py": "recipes",
-    "tests/test_back": "back",
-    "tests/test_convert.py::test_damaged_sample": "keras",
+    "tests/test_convert.py": "keras",
     "tests/test_faults.py": "keras",
-    "tests/test_formats.py::test_softmax": "keras",
+    "tests/test_formats.py::test_keras_agrees": "keras",
+    "tests/test_back": "back",
+    "tests/test_recipes.py": "recipes",
     "tests/test_evaluate.py": "converted",
     "tests/test_training.py": "training",
     "tests/evaluation/test_baseline.py": "converted",
@@ -50,7 +54,7 @@ TOGETHER = {  # how the names of tests begin that share what is made in seconds 
 
 
 class Scheduling(LoadScopeScheduling):
-    """Gives out test by test, to whichever process is free, but those of a group in TOGETHER all to one."""
+    """Gives each test to a free process, and all tests of a group to the same one."""
 
     def _split_scope(self, nodeid):
         return next((group for start, group in TOGETHER.items() if nodeid.startswith(start)), nodeid)
@@ -60,17 +64,21 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real_jobs: reads Keras files in jobs, not in this process")
+
+
 def pytest_collection_modifyitems(items):
-    """Put first what takes long, so that no process is left alone with it in the end."""
+    """Start the long tests first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """Return a function that returns a folder which Python programs have filled.
+    """Return a function that returns a folder filled by Python programs.
 
-    The first of the tests' processes that asks for `name` runs the programs, each with the arguments that
-    `programs` maps its part of the folder to; the others wait.
+    The first test process that asks for the folder `name` runs the programs, the others wait. `programs` maps
+    a subfolder to a module and its further arguments.
     """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the folder above all processes'
@@ -101,72 +109,94 @@ def run_programs(programs):
 
 @pytest.fixture(scope="session")
 def keras_files(written):
-    """Return the folder with `keras/` and `tf_keras/`, each as `tests.keras_files.writer` writes it."""
+    """Return the folder with `keras/` and `tf_keras/`, written by `tests.keras_files.writer`."""
     return written("keras_files", {writer: ("tests.keras_files.writer", writer) for writer in WRITERS})
 
 
 @pytest.fixture(scope="session")
 def expected(keras_files):
-    """Return Keras's float64 results by writer: `VARIANT:images` and `VARIANT:outputs`."""
+    """Return Keras's results by writer: `VARIANT:images` and `VARIANT:outputs`."""
     return {writer: np.load(keras_files / writer / "expected.npz") for writer in WRITERS}
 
 
 @pytest.fixture(scope="session")
 def reference_files(written):
-    """Return the folder that `tests.keras_files.references` writes, with a Keras file for each of MODELS."""
+    """Return the folder written by `tests.keras_files.references`: a Keras file for each of MODELS."""
     return written("references", {"": ("tests.keras_files.references",)})
 
 
 @pytest.fixture(scope="session")
 def reference(reference_files):
-    """Return what Keras computed with them, in float64."""
+    """Return Keras's float64 results for `reference_files`."""
     with np.load(reference_files / "reference.npz") as arrays:
         return dict(arrays)
 
 
-@pytest.fixture(scope="session")
-def reader():
-    with start_reader() as worker:
-        yield worker
+@pytest.fixture(scope="session", autouse=True)
+def read_in_process():
+    """Read Keras files in this process, without a job."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.keras.file.Job", InProcessReader)
+        yield
 
 
-class RememberingKeras(KerasProcess):
-    """Keras itself, asked only once for the same thing: what it computes does not depend on our mistakes."""
-
-    def __init__(self):
-        super().__init__()
-        self.answers = {}
-
-    def load(self, file):
-        if file.sha256 not in self.answers:
-            self.answers = {file.sha256: super().load(file)}
-        return self.answers[file.sha256]
-
-    def activations(self, *asked):
-        return self.remembered(super().activations, *asked)
-
-    def predict(self, *asked):
-        return self.remembered(super().predict, *asked)
-
-    def remembered(self, ask, images, *options):
-        pixels = hashlib.sha256(np.ascontiguousarray(images)).digest()
-        key = (ask.__name__, pixels, images.shape, str(images.dtype), str(options))
-        if key not in self.answers:
-            self.answers[key] = ask(images, *options)
-        return self.answers[key]
+@pytest.fixture(autouse=True)
+def jobs_if_marked(request, monkeypatch):
+    """Read Keras files in jobs, in the tests that are marked `real_jobs`."""
+    if request.node.get_closest_marker("real_jobs"):
+        monkeypatch.setattr("models.keras.file.Job", Job)
 
 
 @pytest.fixture(scope="session")
 def keras():
-    with RememberingKeras() as process:
-        yield process
+    """Return a `Keras` that runs all tasks in one process and remembers their answers."""
+    process = RememberingKeras()
+    yield process
+    process.stop()
 
 
 @pytest.fixture
-def refusal(reader, tmp_path):
-    """Return a function that converts a file that must be refused, and returns what the message says.
+def command(keras, monkeypatch, capsys):
+    """Return a function that runs convert.py in this process: (exit status, stdout, lines of stderr).
 
-    It sees to it that the message is one line, and that an older output is untouched.
+    It compares with the shared `keras`; with `--keras-python` it starts jobs.
+    """
+
+    def run(*arguments):
+        with monkeypatch.context() as patch:
+            if "--keras-python" not in arguments:
+                patch.setattr(convert, "Keras", lambda python: keras)
+            patch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+            capsys.readouterr()
+            try:
+                status = convert.main()
+            except SystemExit as error:
+                status = error.code
+        output = capsys.readouterr()
+        return status, output.out, output.err.splitlines()
+
+    return run
+
+
+STAGES = ["layers", "shapes", "parameters", "outputs"]
+
+
+def passed_stages(out):
+    """Return the stages that convert.py printed as passed."""
+    return re.findall(r"^  (\w+) +passed ", out, re.MULTILINE)
+
+
+def files_in(folder):
+    """Return the content of all files in a folder and its subfolders, by relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """Return a function that tries to convert a file, and returns the message of the KerasFileError.
+
+    It checks that the message is one line and that older outputs are unchanged.
     """
     folder = tmp_path / "outputs"
     folder.mkdir()
@@ -177,7 +207,7 @@ def refusal(reader, tmp_path):
         for name, content in old.items():
             name.write_bytes(content)
         with pytest.raises(KerasFileError) as caught:
-            convert_file(Path(path), output, reader, **options)
+            convert_file(Path(path), output, **options)
         assert {name: name.read_bytes() for name in folder.iterdir()} == old
         message = str(caught.value)
         assert len(message.splitlines()) == 1, message
@@ -188,9 +218,9 @@ def refusal(reader, tmp_path):
 
 @pytest.fixture
 def old_outputs(tmp_path):
-    """Return a path where an older checkpoint and its JSON lie, and a function that sees if they still do.
+    """Return the path of an older checkpoint with its JSON, and a function: whether both are unchanged.
 
-    By the JSON, `convert.py` wrote them, so it may replace them.
+    They are as written by `convert.py`, which may replace them.
     """
     path = tmp_path / "out" / "model.pt"
     path.parent.mkdir()
@@ -209,9 +239,9 @@ def old_outputs(tmp_path):
 
 @pytest.fixture
 def locked(reference_files):
-    """Return a folder with a Keras file, `odd.h5`, into which nobody can write, not even the tests as root.
+    """Return a read-only folder with a Keras file, `odd.h5`.
 
-    Until the end of the test, its process is another user's then: let this be the last of its fixtures.
+    A test run by root has another user's rights until its end: request this fixture last.
     """
     users, root = os.getresuid(), os.geteuid() == 0
     with tempfile.TemporaryDirectory() as folder:
@@ -224,13 +254,13 @@ def locked(reference_files):
 
 
 @pytest.fixture
-def network(reference_files, reader, tmp_path):
-    """Return a function that converts one of MODELS: (the network in float64, the rows of the mapping)."""
+def network(reference_files, tmp_path):
+    """Return a function that converts one of MODELS: (float64 network, rows of the mapping)."""
 
     def convert_model(name):
-        convert_file(reference_files / f"{name}.h5", tmp_path / "model.pt", reader)
+        convert_file(reference_files / f"{name}.h5", tmp_path / "model.pt")
         model = ResNet8.from_checkpoint(tmp_path / "model.pt").double()
-        file = read_keras_file(reference_files / f"{name}.h5", reader)
+        file = read_keras_file(reference_files / f"{name}.h5")
         return model, map_tensors(match_graph(file), model)
 
     return convert_model
@@ -238,7 +268,7 @@ def network(reference_files, reader, tmp_path):
 
 @pytest.fixture
 def edited(keras_files, tmp_path):
-    """Return a function that copies a valid file and has it changed by `edit(h5py.File)`."""
+    """Return a function that copies a valid file and changes the copy with `edit(h5py.File)`."""
 
     def make(edit, name="plain.h5", writer="keras"):
         path = tmp_path / Path(name).name

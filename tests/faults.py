@@ -1,24 +1,16 @@
-"""Faults at every step of writing: a process that is killed, a disk that is full.
-
-    python -m tests.faults STEP FOLDER
-
-writes FOLDER/one and FOLDER/two, and kills itself before that step of it.
-"""
+"""Faults at every step of writing: a process that is killed, a disk that is full."""
 
 import os
 import re
-import signal
-import sys
+import resource
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from data.files import write_files
-
 
 class CountedFile:
-    """A file whose every `write` is a step, and is seen by whoever reads the file from then on."""
+    """A file whose every `write` is a step, and is flushed."""
 
     def __init__(self, file, step):
         self.file, self.step = file, step
@@ -28,9 +20,9 @@ class CountedFile:
 
     def write(self, content):
         self.step("write")
-        written = self.file.write(content)
+        size = self.file.write(content)
         self.file.flush()
-        return written
+        return size
 
     def __enter__(self):
         return self
@@ -84,23 +76,29 @@ def at_every_step(folder, act):
         yield kinds
 
 
-def kill_before(step):
-    """Return what ends this process before that step."""
-    return lambda number, kind: os.kill(os.getpid(), signal.SIGKILL) if number == step else None
-
-
 def full_from(step):
-    """Return what finds the disk full from that step on, where bytes are needed: nothing is removed."""
+    """Return an `act` that finds the disk full from that step on, where bytes are needed."""
 
     def act(number, kind):
         if number >= step and kind != "unlink":
-            raise OSError(28, os.strerror(28), "a name that no user knows")
+            raise OSError(28, os.strerror(28), "a temporary name")
 
     return act
 
 
+@contextmanager
+def file_size_limit(size):
+    """Limit the size of files, in bytes. Python ignores SIGXFSZ, so that exceeding it is an OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def files_in(folder):
-    """Return what is in a folder, by name, but for the temporary files of `write_files`."""
+    """Return the content of the files in a folder, by name, without the temporary files of `write_files`."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -108,23 +106,8 @@ def files_in(folder):
     }
 
 
-def check_whole(found, old, new):
-    """See that each file is there whole: as it was, or as it was to be, and nothing else is."""
-    assert found.keys() <= new.keys()
-    assert old.keys() <= found.keys()
-    for name, content in found.items():
+def check_whole(files, old, new):
+    """Check that each file is complete, old or new, and that there are no others."""
+    assert old.keys() <= files.keys() <= new.keys()
+    for name, content in files.items():
         assert content in (old.get(name), new[name]), f"{name}: {len(content)} bytes, neither old nor new"
-
-
-def write_two(folder):
-    """Write the two files, each in several pieces."""
-
-    def write(text):
-        return lambda target: [target.write(text.encode()) for _ in range(3)]
-
-    write_files({folder / "one": write("new one "), folder / "two": write("new two ")})
-
-
-if __name__ == "__main__":
-    with at_every_step(Path(sys.argv[2]), kill_before(int(sys.argv[1]))):
-        write_two(Path(sys.argv[2]))

@@ -1,12 +1,11 @@
-"""Runs the recipes of RECIPES.md as they stand there: `make recipes`.
+"""Run the recipes of RECIPES.md: `make recipes`.
 
     python -m tests.recipes [--data-dir DIR] [--checkpoint MODEL.pt] [--keras-file MODEL.h5] [RECIPE ...]
 
-Each is run after its chapter's opening lines, each chapter in a process of its own, in a folder that has
-`checkpoints/resnet8.pt` (the bundled model, converted, unless another is named), the Keras file and `data`.
-Prints what each one's network makes of the images beside the original. Without --data-dir, on the 1,000
-bundled images, which stand in for all others too, and without the recipes' commands, which need the whole
-test set.
+Each runs after the first lines of its chapter, each chapter in a process of its own, in a folder with
+`checkpoints/resnet8.pt` (by default the bundled model, converted), the Keras file and `data`. Prints the
+results beside the original's. Without --data-dir the 1,000 bundled images replace all others, and the
+recipes' commands, which need the whole test set, are skipped.
 """
 
 import argparse
@@ -32,8 +31,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "RECIPES.md"
 BUNDLED = ROOT / "checkpoints/resnet8_keras.h5"
-ALONE = "Classify an image"  # without the opening lines
-LARGE = {  # what `make test` does not install
+ALONE = "Classify an image"  # without the first lines of its chapter
+LARGE = {  # packages that `make test` does not install
     "ExecuTorch": "executorch",
     "ExecuTorch's own ResNet8": "executorch",
 }
@@ -41,11 +40,11 @@ SIZES = {"perf": 200, "calibration": 500}
 
 
 class Recipe(NamedTuple):
-    """A recipe, and what is run before it."""
+    """A recipe and the first lines of its chapter."""
 
     chapter: str
     opening: str
-    blocks: list[tuple[str, str]]  # ("python" or "sh", text), in their order
+    blocks: list[tuple[str, str]]  # ("python" or "sh", text), in order
 
 
 def read_recipes() -> dict[str, Recipe]:
@@ -71,7 +70,7 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
 
 
 def run_recipe(name: str, recipe: Recipe, data_dir: Path | None) -> dict:
-    """Run a recipe in the current folder; return what came of it, or the error's traceback."""
+    """Run a recipe in the current folder; return its results, or the error's traceback."""
     here = 'from_checkpoint("/path/to/this/repository/checkpoints'  # the folder has a checkpoint of its own
     namespace: dict = {}
     output, start = io.StringIO(), cpu_seconds()
@@ -98,12 +97,12 @@ def run_recipe(name: str, recipe: Recipe, data_dir: Path | None) -> dict:
 
 
 def cpu_seconds() -> float:
-    """Return what this process and its children have taken of the CPUs: other programs do not change it."""
+    """Return the CPU seconds of this process and its children."""
     return sum(os.times()[:4])
 
 
 def run_commands(text: str, data_dir: Path) -> None:
-    """Run the commands of a recipe, and print what they print."""
+    """Run the commands of a recipe and print their output."""
     for line in text.splitlines():
         print(f"$ {line}")
         _, script, *arguments = shlex.split(line)
@@ -121,7 +120,7 @@ def prepare_folder(folder: Path, data_dir: Path | None, checkpoint: Path | None,
     (folder / "data").mkdir()
     shutil.copy(keras_file, folder / "pretrainedResnet.h5")
     if not data_dir:
-        shutil.copy(keras_file, folder / "model.h5")  # a recipe's command makes it
+        shutil.copy(keras_file, folder / "model.h5")  # output of a recipe's command
     else:
         for found in data_dir.glob("cifar-10-batches-*"):
             (folder / "data" / found.name).symlink_to(found)
@@ -135,15 +134,15 @@ def prepare_folder(folder: Path, data_dir: Path | None, checkpoint: Path | None,
 
     from data import cifar10
 
-    sample = cifar10.load_test(folder / "none")
+    sample = cifar10.load_test(which="sample")
     Image.fromarray(sample.images[0].transpose(1, 2, 0)).save(folder / "photo.png")
 
 
-def let_the_sample_stand_in() -> None:
-    """Replace all other images by the bundled ones, as many as there are of them."""
+def replace_images_by_the_sample() -> None:
+    """Replace all other images by bundled ones."""
     from data import cifar10
 
-    sample = cifar10.load_test("none", "sample")
+    sample = cifar10.load_test(which="sample")
 
     def part(_: Path, which: str = "auto", download: bool = False) -> cifar10.Dataset:
         count = SIZES.get(which, len(sample))
@@ -155,17 +154,17 @@ def let_the_sample_stand_in() -> None:
 
 
 def run_chapter(names: list[str], folder: Path, data_dir: Path | None) -> dict[str, dict]:
-    """Run recipes of one chapter in this process, in a folder that is prepared."""
+    """Run recipes of one chapter in this process, in a prepared folder."""
     recipes = read_recipes()
     sys.path.insert(0, str(ROOT))
     if not data_dir:
-        let_the_sample_stand_in()
+        replace_images_by_the_sample()
     os.chdir(folder)
     return {name: run_recipe(name, recipes[name], data_dir) for name in names}
 
 
 def run_in_processes(names: list[str], folder: Path, data_dir: Path | None) -> dict[str, dict]:
-    """Run recipes, each chapter in a process of its own: TensorFlow and torchvision do not get on."""
+    """Run recipes, each chapter in a process of its own: TensorFlow and torchvision crash in one process."""
     recipes, results = read_recipes(), {}
     for chapter in dict.fromkeys(recipes[name].chapter for name in names):
         chosen = [name for name in names if recipes[name].chapter == chapter]
@@ -187,7 +186,7 @@ def run_in_processes(names: list[str], folder: Path, data_dir: Path | None) -> d
 
 
 def results_table(results: dict[str, dict]) -> Table:
-    """Return the table that RECIPES.md shows."""
+    """Return the table of RECIPES.md."""
     table = Table("recipe", box=None, show_edge=False)
     for heading in ("accuracy", "same class", "McNemar's p", "largest difference\nof a logit", "CPU seconds"):
         table.add_column(heading, justify="right")
@@ -208,11 +207,11 @@ def main() -> int:
     recipes = read_recipes()
     parser = argparse.ArgumentParser(prog="python -m tests.recipes", description=__doc__.splitlines()[0])
     parser.add_argument("names", metavar="RECIPE", nargs="*", help=", ".join(recipes))
-    parser.add_argument("--data-dir", type=Path, help="holds the test set, and the training set to fine-tune")
+    parser.add_argument("--data-dir", type=Path, help="folder of the test and training sets")
     parser.add_argument("--checkpoint", type=Path, help="a .pt with its .json (the bundled model's)")
-    parser.add_argument("--keras-file", type=Path, default=BUNDLED, help="for TensorFlow Lite (the bundled)")
-    parser.add_argument("--folder", type=Path, help="run in this empty folder, and leave what is made")
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--keras-file", type=Path, default=BUNDLED, help="for TensorFlow Lite (bundled)")
+    parser.add_argument("--folder", type=Path, help="run in this empty folder and keep the files written")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     if unknown := set(options.names) - set(recipes):
         parser.error(f"no recipe called {min(unknown)}")

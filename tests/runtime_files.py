@@ -1,12 +1,9 @@
-"""Writes networks of other formats, without TensorFlow: one linear layer, whose outputs numpy knows too.
+"""Writes small networks in other formats, without TensorFlow: one linear layer, which numpy computes too.
 
-Each sees every pixel with a weight of its own, so that a wrong layout or scale changes all outputs. The
-weights are 8-bit integers times WEIGHT_STEP, exact in every format.
+Every pixel has a weight of its own, so a wrong layout or scale changes all outputs. The weights are 8-bit
+integers times WEIGHT_STEP, exact in every format.
 """
 
-import io
-import json
-import zipfile
 from functools import cache
 
 import numpy as np
@@ -19,17 +16,17 @@ PROBABILITY_STEP = 1 / 256
 
 
 def integers(classes=10):
-    """The weights over WEIGHT_STEP, (classes, 3, 32, 32) int8."""
+    """Return the weights over WEIGHT_STEP, (classes, 3, 32, 32) int8."""
     return np.random.default_rng(0).integers(-127, 128, (classes, *IMAGE)).astype(np.int8)
 
 
 def logits_of(images):
-    """What the network makes of (N, 3, 32, 32) images, (N, 10) float64."""
+    """Return the network's (N, 10) float64 logits for (N, 3, 32, 32) images."""
     return np.einsum("nchw,kchw->nk", images.astype(np.float64), integers() * WEIGHT_STEP)
 
 
 def write_tflite(path, dtype="float32", batch=-1, softmax=False, classes=10, image=(32, 32, 3), inputs=1):
-    """A FULLY_CONNECTED of pixels, channels last; int8 and uint8 inputs have scale 1."""
+    """Write a FULLY_CONNECTED of pixels, channels last; int8 and uint8 inputs have scale 1."""
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
@@ -39,13 +36,13 @@ def write_tflite(path, dtype="float32", batch=-1, softmax=False, classes=10, ima
     model.buffers, model.operatorCodes = [schema.BufferT()], []
     graph.tensors, graph.operators = [], []
 
-    def tensor(name, shape, kind, scale=None, zero_point=0, data=None, signature=None):
+    def tensor(name, shape, kind, steps=(), data=None):
         made = schema.TensorT()
-        made.name, made.shape, made.type, made.buffer = name, shape, kind, 0
-        made.shapeSignature = signature
-        if scale:
+        made.name, made.shape, made.type, made.buffer = name, [max(shape[0], 1), *shape[1:]], kind, 0
+        made.shapeSignature = shape
+        if steps:
             made.quantization = schema.QuantizationParametersT()
-            made.quantization.scale, made.quantization.zeroPoint = [scale], [zero_point]
+            made.quantization.scale, made.quantization.zeroPoint = [[each] for each in steps]
         if data is not None:
             made.buffer = len(model.buffers)
             model.buffers.append(schema.BufferT())
@@ -53,49 +50,38 @@ def write_tflite(path, dtype="float32", batch=-1, softmax=False, classes=10, ima
         graph.tensors.append(made)
         return len(graph.tensors) - 1
 
-    def operator(code, inputs, outputs, options=None, kind=0):
+    def operator(code, inputs, output, options=None, kind=0):
         made = schema.OperatorCodeT()
         made.builtinCode, made.deprecatedBuiltinCode = code, min(code, 127)
         made.version = 4 if code == ops.FULLY_CONNECTED else 2
         model.operatorCodes.append(made)
         call = schema.OperatorT()
-        call.opcodeIndex, call.inputs, call.outputs = len(model.operatorCodes) - 1, inputs, outputs
+        call.opcodeIndex, call.inputs, call.outputs = len(model.operatorCodes) - 1, inputs, [output]
         call.builtinOptions, call.builtinOptionsType = options, kind
         graph.operators.append(call)
+        return output
 
-    is_float, size = dtype == "float32", max(batch, 1)
+    is_float = dtype == "float32"
     inner = kinds.FLOAT32 if is_float else kinds.INT8
     outer = {"float32": kinds.FLOAT32, "int8": kinds.INT8, "uint8": kinds.UINT8}[dtype]
     steps = {"float32": (), "int8": (1.0, -128), "uint8": (1.0, 0)}[dtype]
-    taken = [
-        tensor(f"pixels{n}", [size, *image], outer, *steps, signature=[batch, *image]) for n in range(inputs)
-    ]
-    images = taken[0]
+    pixels = [tensor(f"pixels{n}", [batch, *image], outer, steps) for n in range(inputs)]
+    images = pixels[0]
     if dtype == "uint8":
-        images = tensor("pixels_int8", [size, *image], inner, 1.0, -128, signature=[batch, *image])
-        operator(ops.QUANTIZE, [taken[0]], [images])
+        images = operator(ops.QUANTIZE, [images], tensor("int8", [batch, *image], inner, (1.0, -128)))
     rows = integers(classes).transpose(0, 2, 3, 1).reshape(classes, -1)[:, : int(np.prod(image))]
     weights = (rows * np.float32(WEIGHT_STEP)).astype(np.float32) if is_float else rows
-    scale = () if is_float else (WEIGHT_STEP, 0)
-    filters = tensor("weights", list(rows.shape), inner, *scale, data=weights)
-    steps = () if is_float else (LOGIT_STEP, LOGIT_ZERO)
-    given = tensor("logits", [size, classes], inner, *steps, signature=[batch, classes])
-    options = schema.FullyConnectedOptionsT()
-    operator(
-        ops.FULLY_CONNECTED,
-        [images, filters, -1],
-        [given],
-        options,
-        schema.BuiltinOptions.FullyConnectedOptions,
-    )
+    filters = tensor("weights", list(rows.shape), inner, () if is_float else (WEIGHT_STEP, 0), weights)
+    outputs = tensor("logits", [batch, classes], inner, () if is_float else (LOGIT_STEP, LOGIT_ZERO))
+    kind = schema.BuiltinOptions.FullyConnectedOptions
+    operator(ops.FULLY_CONNECTED, [images, filters, -1], outputs, schema.FullyConnectedOptionsT(), kind)
     if softmax:
         steps = () if is_float else (PROBABILITY_STEP, -128)
-        outputs = tensor("probabilities", [size, classes], inner, *steps, signature=[batch, classes])
-        options = schema.SoftmaxOptionsT()
+        options, logits = schema.SoftmaxOptionsT(), outputs
         options.beta = 1.0
-        operator(ops.SOFTMAX, [given], [outputs], options, schema.BuiltinOptions.SoftmaxOptions)
-        given = outputs
-    graph.inputs, graph.outputs = taken, [given]
+        outputs = tensor("probabilities", [batch, classes], inner, steps)
+        operator(ops.SOFTMAX, [logits], outputs, options, schema.BuiltinOptions.SoftmaxOptions)
+    graph.inputs, graph.outputs = pixels, [outputs]
     builder = flatbuffers.Builder(0)
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(builder.Output())
@@ -105,107 +91,86 @@ def write_tflite(path, dtype="float32", batch=-1, softmax=False, classes=10, ima
 def write_onnx(
     path, dtype="float32", layout="NCHW", batch="N", softmax=False, classes=10, quantized=False, domain=""
 ):
-    """A Gemm of the flattened pixels; integer inputs are cast, or dequantized with scale 1."""
+    """Write a MatMul of the flattened pixels; integer inputs are cast, or dequantized with scale 1.
+
+    With `quantized`, inputs are also float32, quantized first; then the outputs are float32 too.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    is_integer = np.dtype(dtype).kind in "iu"
     shape = IMAGE if layout == "NCHW" else (32, 32, 3)
     weights = integers(classes) if layout == "NCHW" else integers(classes).transpose(0, 2, 3, 1)
     inner = np.float16 if dtype == "float16" else np.float32
     values = {"weights": (weights.reshape(classes, -1).T * WEIGHT_STEP).astype(inner)}
-    nodes, name = [], "pixels"
-    zero = 0 if dtype == "uint8" else -128
+    zero = np.int8(-128) if dtype == "int8" else np.uint8(0)
+    values |= {"one": np.float32(1), "zero": zero}
+    values |= {"step": np.float32(LOGIT_STEP), "logit_zero": np.int8(LOGIT_ZERO)}
+    nodes = []
+
+    def node(operator, *inputs, **options):
+        nodes.append(helper.make_node(operator, inputs, [f"{operator}{len(nodes)}"], **options))
+        return nodes[-1].output[0]
+
+    name = "pixels"
     if quantized:
-        values |= {"one": np.float32(1), "zero": np.array(zero, dtype)}
-        values |= {"step": np.float32(LOGIT_STEP), "logit_zero": np.int8(LOGIT_ZERO)}
-        nodes.append(helper.make_node("DequantizeLinear", [name, "one", "zero"], ["real"]))
-    elif np.dtype(dtype).kind in "iu":
-        nodes.append(helper.make_node("Cast", [name], ["real"], to=TensorProto.FLOAT))
-    name = "real" if nodes else name
-    nodes.append(helper.make_node("Flatten", [name], ["flat"], domain=domain))
-    nodes.append(helper.make_node("MatMul", ["flat", "weights"], ["logits"]))
-    if softmax:
-        nodes.append(helper.make_node("Softmax", ["logits"], ["outputs"]))
+        name = name if is_integer else node("QuantizeLinear", name, "one", "zero")
+        name = node("DequantizeLinear", name, "one", "zero")
+    elif is_integer:
+        name = node("Cast", name, to=TensorProto.FLOAT)
+    name = node("MatMul", node("Flatten", name, domain=domain), "weights")
+    name = node("Softmax", name) if softmax else name
     if quantized:
-        nodes.append(helper.make_node("QuantizeLinear", ["logits", "step", "logit_zero"], ["outputs"]))
-    given = TensorProto.INT8 if quantized else helper.np_dtype_to_tensor_dtype(np.dtype(inner))
+        name = node("QuantizeLinear", name, "step", "logit_zero")
+        name = name if is_integer else node("DequantizeLinear", name, "step", "logit_zero")
+    kinds = [np.dtype(dtype), np.dtype("int8" if quantized and is_integer else inner)]
+    kinds = list(map(helper.np_dtype_to_tensor_dtype, kinds))
     graph = helper.make_graph(
         nodes,
         "linear",
-        [helper.make_tensor_value_info("pixels", kind, [batch, *shape])],
-        [
-            helper.make_tensor_value_info(
-                "outputs" if softmax or quantized else "logits", given, [batch, classes]
-            )
-        ],
+        [helper.make_tensor_value_info("pixels", kinds[0], [batch, *shape])],
+        [helper.make_tensor_value_info(name, kinds[1], [batch, classes])],
         [numpy_helper.from_array(value, key) for key, value in values.items()],
     )
     opsets = [helper.make_opsetid("", 17), *([helper.make_opsetid(domain, 1)] if domain else [])]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, producer_name="a linear layer")
-    onnx.save(model, path)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
     return path
 
 
 class Linear(torch.nn.Module):
-    """The network in PyTorch."""
+    """The network in PyTorch; `quantized` rounds the pixels with torchao's operators."""
 
-    def __init__(self, classes=10, softmax=False):
+    def __init__(self, classes=10, softmax=False, quantized=False):
         super().__init__()
-        self.weight = torch.nn.Parameter(
-            torch.from_numpy(integers(classes).reshape(classes, -1) * WEIGHT_STEP).float()
-        )
-        self.softmax = softmax
+        weights = integers(classes).reshape(classes, -1) * WEIGHT_STEP
+        self.weight, self.softmax = torch.nn.Parameter(torch.from_numpy(weights).float()), softmax
+        self.quantized = quantized
 
     def forward(self, images):
+        if self.quantized:
+            steps = (1.0, 0, 0, 255, torch.uint8)
+            images = torch.ops.quantized_decomposed.quantize_per_tensor(images, *steps)
+            images = torch.ops.quantized_decomposed.dequantize_per_tensor(images, *steps)
         logits = torch.nn.functional.linear(images.flatten(1), self.weight)
         return logits.softmax(1) if self.softmax else logits
 
 
-def write_exported(path, network=None, batch=None, image=IMAGE, decompose=False, **options):
-    """What `torch.export.save` writes, for any batch or one of a fixed size."""
-    if network:
-        path.write_bytes(exported(network, batch, image, decompose))
-    else:
-        path.write_bytes(exported_linear(batch, decompose, **options))
+def write_exported(path, network=None, batch=None, image=IMAGE, **options):
+    """Write a `torch.export.save` archive of a network, by default Linear, for any batch or one size."""
+    program = export(network, batch, image) if network else export_linear(batch, **options)
+    torch.export.save(program, path)
     return path
 
 
-def exported(network, batch, image, decompose):
-    """The content of a `.pt2`."""
+def export(network, batch=None, image=IMAGE):
+    """Return the exported program of a network."""
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401  # defines torchao's operators
+
     shapes = None if batch else ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(network, (torch.zeros(batch or 2, *image),), dynamic_shapes=shapes)
-    buffer = io.BytesIO()
-    torch.export.save(program.run_decompositions() if decompose else program, buffer)
-    return buffer.getvalue()
+    return torch.export.export(network, (torch.zeros(batch or 2, *image),), dynamic_shapes=shapes)
 
 
 @cache  # an export takes a second
-def exported_linear(batch, decompose, **options):
-    """The linear layer's."""
-    return exported(Linear(**options), batch, IMAGE, decompose)
-
-
-def edit_exported(path, edit):
-    """Have `edit(name, content)` change the records of an archive, which lie in a folder; None drops one."""
-    with zipfile.ZipFile(path) as source:
-        records = {name: source.read(name) for name in source.namelist()}
-    with zipfile.ZipFile(path, "w") as target:
-        for name, content in records.items():
-            changed = edit(name.partition("/")[2], content)
-            if changed is not None:
-                target.writestr(name, changed)
-    return path
-
-
-def edit_graph(path, edit):
-    """Have `edit(dict)` change the JSON of an archive's network."""
-
-    def change(name, content):
-        if name != "models/model.json":
-            return content
-        model = json.loads(content)
-        edit(model)
-        return json.dumps(model).encode()
-
-    return edit_exported(path, change)
+def export_linear(batch, **options):
+    """Return the exported program of a linear layer."""
+    return export(Linear(**options), batch)

@@ -1,139 +1,132 @@
-"""evaluate.py from the outside: its options and guards, and checkpoints that are not what they should be."""
+"""evaluate.py: options, guards, input normalization, and files that are refused with one line."""
 
 import json
 import os
 import pickle
 import resource
-import shutil
-import subprocess
-import sys
-import warnings
 import zipfile
 from pathlib import Path
 
-import h5py
 import pytest
 import torch
 
 import evaluate
-from models.common import terminal
+from models.common import cli
+from models.common.files import json_path
 from models.evaluation import fused
-from models.evaluation.metrics import p_text
 from models.resnet8 import ResNet8
 from tests.evaluating import (
     HAS_FUSED_OPERATORS,
-    ROOT,
     SHARED,
     command,
     evaluated,
-    has_line,
     needs_real_model,
-    process,
     random_model,
     refused,
     save,
     scaling,
+    with_few_images,
 )
 
-# --compare, --min-accuracy, --max-drop
+PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3}
+SCALED = {"mean": [120.0] * 3, "std": [64.0] * 3}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, sample):
+    """A folder with a random `model.pt` and its JSON, to be evaluated on 100 images."""
+    with_few_images(monkeypatch, sample)
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    return tmp_path
+
+
+# Comparison and guards
 
 
 @needs_real_model
-def test_compare(real):
+def test_compare_and_guards(converted, real):
     model = ResNet8.from_checkpoint(real / "model.pt")
     save(model, real / "same [1].pt", input=scaling(0.0, 1.0))
     with torch.no_grad():
         model.fc.bias[3] += 5
-    for name in "abc":
-        save(model, real / f"worse_{name}.pt", input=scaling(0.0, 1.0))
-    others = ["same [1].pt", "worse_a.pt", "worse_b.pt", "worse_c.pt"]
-    stdout, metrics = evaluated("model.pt", "--compare", *others, cwd=real)
-    assert [other["checkpoint"] for other in metrics["compared"]] == others
+    save(model, real / "worse.pt", input=scaling(0.0, 1.0))
+    accuracy = converted[2]["pytorch"]["accuracy"]
+    guards = ["--min-accuracy", accuracy, "--max-drop", 0]
+    _, metrics = evaluated("model.pt", *guards, cwd=real)
+    assert [guard["met"] for guard in metrics["guards"]] == [True, True]
+
+    done = command("model.pt", "same [1].pt", "--compare", "worse.pt", *guards, cwd=real)
+    metrics = json.loads((real / "results/metrics.json").read_text())  # written all the same
+    assert done.returncode == 3
+    assert [line.split()[:2] for line in done.stderr.splitlines()] == [["shortfall:", "worse.pt:"]] * 2
+    assert [other["checkpoint"] for other in metrics["compared"]] == ["same [1].pt", "worse.pt"]
     pairs = {tuple(pair["models"]): pair for pair in metrics["pairs"]}
-    assert len(pairs) == 6 * 5 / 2
-    same, worse = pairs["model.pt", "same [1].pt"], pairs["model.pt", "worse_a.pt"]
+    assert len(pairs) == 4 * 3 / 2
+    same, worse = pairs["model.pt", "same [1].pt"], pairs["model.pt", "worse.pt"]
     assert (same["same_prediction"], same["max_abs_probability_difference"]) == (1000, 0)
     assert pairs["Keras", "model.pt"]["max_abs_probability_difference"] < 1e-5
     for each in (metrics, *metrics["compared"]):
-        ran = each["throughput"]
-        assert ran["batch_norm_folded"] == ran["fused_operators"] == HAS_FUSED_OPERATORS
+        assert each["throughput"]["fused_operators"] == HAS_FUSED_OPERATORS
     lost = metrics["compared"][1]["correct"] - metrics["pytorch"]["correct"]
     assert worse["accuracy_difference"] == lost / 1000 < 0
     assert worse["mcnemar_p"] < 1e-3
-    rows = [line for line in stdout.splitlines() if line.startswith(("same [1].pt ", "worse_a.pt "))]
-    first, second, *below = map(str.split, rows)
-    assert first[-5:-3] == ["1,000", "1.00"]  # same class, p
-    assert second[-4] == p_text(pairs["Keras", "worse_a.pt"]["mcnemar_p"])
-    assert len(below) == 2  # how far their probabilities are from Keras's
-    assert max(map(len, stdout.split("\n\n", 1)[1].splitlines())) <= 80
-    done = command("model.pt", "--compare", "worse_a.pt", "--no-keras", "--max-drop", "0.01", cwd=real)
-    assert done.returncode == 3
-    assert has_line(done.stderr, "worse_a.pt", "--max-drop", "0.01")
 
 
-@pytest.mark.parametrize("arguments", [["--dtype", "float64"], []])
-def test_what_is_compared_is_folded_only_where_that_is_as_exact(tmp_path, monkeypatch, arguments):
-    """In float64, or where the fused operators' numbers are others, all is computed as it stands."""
-    monkeypatch.setattr(fused, "turn", lambda model, size: model)
-    for seed, name in enumerate(("a.pt", "b.pt")):
-        save(random_model(seed), tmp_path / name, input=scaling(120.0, 64.0))
-    _, metrics = evaluated("a.pt", "b.pt", "--no-keras", *arguments, cwd=tmp_path)
-    for each in (metrics, *metrics["compared"]):
-        ran = each["throughput"]
-        assert (ran["batch_norm_folded"], ran["fused_operators"]) == (False, False)
+def test_guards_without_keras_are_recorded(folder):
+    """The drop is measured from CHECKPOINT."""
+    save(random_model(1), folder / "b.pt")
+    bounds = ["--min-accuracy", 0.5, "--max-drop", 1]
+    _, metrics = evaluated("model.pt", "b.pt", "--no-keras", *bounds, cwd=folder, status=3)
+    accuracy, other = metrics["pytorch"]["accuracy"], metrics["compared"][0]["accuracy"]
+    minimum, drop = {"guard": "--min-accuracy", "bound": 0.5}, {"guard": "--max-drop", "bound": 1.0}
+    drop["below"] = "model.pt"
+    assert metrics["guards"] == [
+        {"checkpoint": "model.pt", **minimum, "measured": accuracy, "met": False},
+        {"checkpoint": "model.pt", **drop, "measured": 0.0, "met": True},
+        {"checkpoint": "b.pt", **minimum, "measured": other, "met": False},
+        {"checkpoint": "b.pt", **drop, "measured": pytest.approx(accuracy - other), "met": True},
+    ]
+    assert (folder / "results/metrics.txt").read_text().count("not met by") == 2
 
 
 @needs_real_model
-def test_guards(converted, real):
-    accuracy = converted[2]["pytorch"]["accuracy"]
-    evaluated("model.pt", "--min-accuracy", accuracy, "--max-drop", 0, cwd=real)
-    done = process("model.pt", "--min-accuracy", accuracy + 0.001, cwd=real)
-    assert done.returncode == 3
-    (line,) = done.stderr.splitlines()
-    assert has_line(line, "model.pt", f"{accuracy:.4f}", "--min-accuracy", f"{accuracy + 0.001:g}")
-    assert (real / "results/metrics.json").exists()  # it falls short, and says by how much
+def test_a_checkpoint_of_another_keras_file_is_noted(real):
+    """Its difference from Keras is one between models; a file of unknown origin has no such note."""
+    metadata = json.loads((real / "model.json").read_text())
+    model = ResNet8.from_checkpoint(real / "model.pt")
+    save(model, real / "tuned.pt", input=metadata["input"])
+    _, metrics = evaluated("model.pt", "tuned.pt", cwd=real)
+    assert metrics["pairs"][0]["models"][0] == "Keras" and metrics["notes"] == []
+    metadata["source"]["sha256"] = "0" * 64
+    save(model, real / "other.pt", input=metadata["input"], source=metadata["source"])
+    _, metrics = evaluated("model.pt", "other.pt", cwd=real)
+    assert metrics["pairs"][0]["models"][0] == "Keras model.h5"
+    (note,) = metrics["notes"]
+    assert "other.pt" in note and "model.h5" in note
 
 
 # Options
 
 
-def test_near_chance_names_the_scaling(tmp_path):
-    save(random_model(), tmp_path / "model.pt", input=scaling(0.0, 255.0))
-    stdout, metrics = evaluated("model.pt", "--no-keras", cwd=tmp_path)
-    assert metrics["pytorch"]["accuracy"] < 0.2
-    (hint,) = [note for note in metrics["notes"] if "--std" in note]
-    assert hint in stdout
-    assert "model.pt" in hint and "convert.py" in hint and "255.0" in hint
-
-
-def test_options_may_stand_before_between_and_after_the_files(tmp_path):
-    """As a shell leaves it: `evaluate.py --no-keras runs/*.pt --dtype float64`."""
+def test_options_may_stand_between_the_files(folder):
+    """For example `evaluate.py --no-keras runs/*.pt --dtype float64`."""
     for name in "abc":
-        save(random_model(), tmp_path / f"{name}.pt", input=scaling(120.0, 64.0))
-    for arguments in (
-        ["--no-keras", "a.pt", "b.pt", "c.pt"],
-        ["a.pt", "--no-keras", "b.pt", "--workers", "1", "c.pt"],
-        ["a.pt", "--compare", "c.pt", "--no-keras", "b.pt"],
-    ):
-        _, metrics = evaluated(*arguments, cwd=tmp_path)
-        compared = [each["checkpoint"] for each in metrics["compared"]]
-        assert (metrics["checkpoint"], compared) == ("a.pt", ["b.pt", "c.pt"])
+        save(random_model(), folder / f"{name}.pt", input=scaling(120.0, 64.0))
+    _, metrics = evaluated("--no-keras", "a.pt", "b.pt", "--workers", 1, "--compare", "c.pt", cwd=folder)
+    assert metrics["checkpoint"] == "a.pt"
+    assert [each["checkpoint"] for each in metrics["compared"]] == ["b.pt", "c.pt"]
 
 
-def test_checkpoint_without_json(tmp_path):
-    save(random_model(), tmp_path / "model.pt")
-    stdout, _ = evaluated("model.pt", cwd=tmp_path)
-    assert has_line(stdout, "model.json", "model.pt", "--mean", "--std")
-    assert has_line(stdout, "model.json", "--keras")
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_dtype(tmp_path, dtype):
-    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
-    arguments = ["--no-keras", "--dtype", dtype, "--batch-size", 50, "--workers", 1, "--device", "cpu"]
-    _, metrics = evaluated("model.pt", *arguments, cwd=tmp_path)
-    found = {name: metrics["throughput"][name] for name in ("dtype", "batch_size", "workers", "device")}
-    assert found == {"dtype": dtype, "batch_size": 50, "workers": 1, "device": "cpu"}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_dtype(folder, monkeypatch, dtype):
+    """Fused operators are used in float32 only, and only if they are as exact."""
+    monkeypatch.setattr(fused, "rotate_180", lambda model, size: model)
+    given = {"dtype": dtype, "batch_size": 50, "workers": 1, "device": "cpu"}
+    arguments = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    stdout, metrics = evaluated("model.pt", "--no-keras", *arguments, cwd=folder)
+    expected = {**given, "fused_operators": False}
+    assert {name: metrics["throughput"][name] for name in expected} == expected
+    assert (f"{dtype} on cpu" in stdout) == (dtype != "float32")
 
 
 @pytest.mark.parametrize(
@@ -146,37 +139,58 @@ def test_dtype(tmp_path, dtype):
         ["--workers", "two"],
         ["--dtype", "float16"],
         ["--keras", "a.h5", "--no-keras"],
+        ["--std", "0"],
+        ["--std", "nan"],
+        ["/"],
     ],
     ids=" ".join,
 )
 def test_usage_errors(tmp_path, arguments):
-    message, help_for_it = refused(*arguments, cwd=tmp_path, status=2).splitlines()
-    assert message.startswith("evaluate.py: ") and arguments[0] in message
-    assert "evaluate.py --help" in help_for_it
+    *_, message = refused(*arguments, cwd=tmp_path, status=2).splitlines()
+    assert message.startswith("evaluate.py: error: ") and arguments[0] in message
 
 
-def test_help_and_usage_errors_import_no_large_library():
-    """They come before torch: the command line is all that is needed."""
-    code = """
-import sys
-import evaluate
-sys.argv = ["evaluate.py", "--workers", "0"]
-try:
-    evaluate.main()
-except SystemExit as end:
-    assert end.code == 2
-large = {"torch", "rich", "matplotlib", "keras", "h5py"} & set(sys.modules)
-sys.exit(f"imported: {large}" if large else 0)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+# Input normalization
 
 
-# What is not a checkpoint as `convert.py` writes it
+@pytest.mark.parametrize(
+    ("arguments", "expected", "note"),
+    [
+        (["model.pt", "tuned.pt"], SCALED, "no tuned.json: using model.pt"),
+        (["model.pt", "other.pt"], SCALED, "other.json: using model.pt"),
+        (["tuned.pt"], PLAIN, "no tuned.json"),
+        (["tuned.pt", "--mean", 120, "--std", 64, 64, 64], SCALED, None),
+        (["model.pt", "--mean", 0], {**SCALED, "mean": [0.0] * 3}, None),
+    ],
+)
+def test_normalization_is_given_or_from_a_json_or_noted(folder, arguments, expected, note):
+    save(random_model(), folder / "tuned.pt")
+    save(random_model(), folder / "other.pt", architecture={"bn_eps": 1e-3})
+    stdout, metrics = evaluated(*arguments, "--no-keras", cwd=folder)
+    assert [each["input"] for each in (metrics, *metrics["compared"])][-1] == expected
+    notes = [line for line in metrics["notes"] if "near chance" not in line]
+    assert len(notes) == (note is not None)
+    for text in (stdout, (folder / "results/metrics.txt").read_text()):
+        assert (note or "") in text and all(f"note: {line}\n" in text for line in notes)
+        assert ("mean 120 120 120, std 64 64 64" in text) == (SCALED in (metrics["input"], expected))
+
+
+def test_near_chance_and_a_modified_file_are_noted(folder):
+    save(random_model(), folder / "other.pt", input=scaling(0.0, 255.0), sha256="0" * 64)
+    stdout, metrics = evaluated("other.pt", "--no-keras", cwd=folder)
+    assert metrics["pytorch"]["accuracy"] < 0.2
+    modified, chance = metrics["notes"]
+    assert "modified" in modified and "other.pt" in modified
+    assert all(part in chance for part in ("other.pt", "near chance", "--std", "255"))
+    assert stdout.index(modified) < stdout.index("accuracy") < stdout.index(chance)
+    assert chance in (folder / "results/metrics.txt").read_text()
+
+
+# Files that are not as `convert.py` writes them
 
 
 class Bomb:
-    """What leaves a mark on disk when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -185,13 +199,12 @@ class Bomb:
         return os.system, (f"touch {self.mark}",)
 
 
-def traced(model, path):
-    with warnings.catch_warnings(action="ignore"):
-        torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, 32, 32)), path)
+def bomb(path):
+    return {"a": Bomb(path.parent / "MARK")}
 
 
 def compressed(model, path):
-    """A gigabyte of zeros in a megabyte, as torch writes none."""
+    """A gigabyte of zeros in a megabyte; torch writes no such file."""
     save(model, path)
     with zipfile.ZipFile(path) as source:
         members = {name: source.read(name) for name in source.namelist()}
@@ -201,284 +214,96 @@ def compressed(model, path):
             target.writestr(name, bytes(2**28) if name == largest else content)
 
 
-def cut(model, path):
-    save(model, path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def changed(name, tensor):
-    return lambda model, path: torch.save({**model.state_dict(), name: tensor}, path)
-
-
-HOSTILE = {  # what writes a file, and what the line names
-    "pickle bomb": (lambda _, path: torch.save({"a": Bomb(path.parent / "MARK")}, path), "system"),
-    "old pickle bomb": (
-        lambda _, path: torch.save(
-            {"a": Bomb(path.parent / "MARK")}, path, _use_new_zipfile_serialization=False
-        ),
-        "system",
-    ),
-    "raw pickle bomb": (lambda _, path: path.write_bytes(pickle.dumps(Bomb(path.parent / "MARK"))),),
-    "TorchScript": (traced, "TorchScript"),
-    "compressed records": (compressed,),
-    "whole module": (lambda model, path: torch.save(model, path), "ResNet8"),
-    "other model": (lambda _, path: save(torch.nn.Linear(2, 2), path), "fc.weight"),
-    "wrapped too deep": (
-        lambda model, path: torch.save({"a": {"b": {"c": {"d": model.state_dict()}}}}, path),
-    ),
-    "list": (lambda _, path: torch.save([1], path), "list"),
-    "cut": (cut,),
-    "empty": (lambda _, path: path.write_bytes(b""),),
-    "text": (lambda _, path: path.write_text("hello\n" * 99),),
-    "folder": (lambda _, path: path.mkdir(),),
-    "missing": (lambda _, path: None,),
-    "extra tensor": (changed("extra", torch.zeros(2)), "extra"),
-    "scalar": (changed("conv1.weight", torch.zeros(())),),
-    "name that is a number": (changed(1, torch.zeros(2)), "1"),
-    "integers": (changed("fc.weight", torch.zeros(10, 64, dtype=torch.int8)), "fc.weight", "int8"),
-    "sparse": (changed("fc.weight", torch.zeros(10, 64).to_sparse()), "fc.weight"),
-    "a huge shape without values": (
-        changed("conv1.weight", torch.zeros(1).expand(10**5, 3, 3, 3)),
-        "conv1.weight",
-        "2,700,000",
-    ),
-    "a wide first layer alone": (changed("conv1.weight", torch.zeros(20_000, 3, 3, 3)), "conv1"),
-    "NaN": (changed("fc.bias", torch.full((10,), torch.nan)), "fc.bias", "NaN"),
-    "one channel": (lambda _, path: save(random_model(in_channels=1), path), "[1,", "[3, 32, 32]"),
-    "seven classes": (lambda _, path: save(random_model(num_classes=7), path), "7", "10"),
+HOSTILE = {  # case -> (writer of the file, key word of the message)
+    "pickle bomb": (lambda _, path: torch.save(bomb(path), path), "pickled"),
+    "raw pickle bomb": (lambda _, path: path.write_bytes(pickle.dumps(bomb(path))), "state_dict"),
+    "compressed records": (compressed, "compressed"),
+    "pipe": (lambda _, path: os.mkfifo(path), "pipe"),
+    "one channel": (lambda _, path: save(random_model(in_channels=1), path), "[1,"),
+    "seven classes": (lambda _, path: save(random_model(num_classes=7), path), "7 classes"),
 }
 
 
-# Runs the command on every file of its own command line, and prints each answer as it comes.
-EACH = """
-import json, sys, traceback
-from pathlib import Path
-from tests.evaluating import command
-
-for path in map(Path, sys.argv[1:]):
-    try:
-        done = command(path.name, cwd=path.parent)
-        answer = done.returncode, done.stderr
-    except BaseException:
-        answer = "raised", traceback.format_exc()
-    print(json.dumps([path.stem, *answer]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    """Every case's file, what was beside it before, and the command's answer: its status and its stderr.
-
-    One process answers for all. What a file claims must not take the machine's memory, so it has a limit.
-    """
-    files = {case: tmp_path_factory.mktemp("hostile") / f"{case}.pt" for case in HOSTILE}
-    for case, (write, *_) in HOSTILE.items():
-        write(random_model(), files[case])
-    before = {case: sorted(path.parent.rglob("*")) for case, path in files.items()}
-    limit = 8 << 30  # bytes of address space
-    done = subprocess.run(
-        [sys.executable, "-c", EACH, *map(str, files.values())],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
-    answers = {case: answer for case, *answer in map(json.loads, done.stdout.splitlines())}
-    died = [f"status {done.returncode}", done.stderr]
-    return {case: (path, before[case], *answers.get(case, died)) for case, path in files.items()}
-
-
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_checkpoints_get_one_line(hostile, case):
-    path, before, status, line = hostile[case]
-    assert status == 1, line
-    assert sorted(path.parent.rglob("*")) == before
-    assert "Traceback" not in line
-    assert len(line.splitlines()) == 1 and line.startswith("error: "), line
-    assert path.name in line and has_line(line.replace(path.name, ""), *HOSTILE[case][1:])
-    assert not (path.parent / "MARK").exists()
+def test_hostile_checkpoints_are_refused(tmp_path, case):
+    """Nothing is run, and no more memory is taken than the file has."""
+    write, word = HOSTILE[case]
+    write(random_model(), tmp_path / "hostile.pt")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 28), hard))
+    try:
+        line = refused("hostile.pt", cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert "hostile.pt" in line and word in line
+    assert not (tmp_path / "MARK").exists()
 
 
+@pytest.mark.parametrize("name", ["model.pt", "model.onnx"])
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "key"),
     [
-        ("{", "model.json"),
-        ("[1]", "model.json list"),
-        ('{"architecture": 3}', "model.json architecture 3"),
-        ('{"architecture": {"bn_eps": "small"}}', "architecture.bn_eps small"),
-        ('{"input": []}', "input []"),
-        ('{"input": {"mean": 0, "std": [1, 1, 1]}}', "input.mean 0"),
-        ('{"input": {"mean": [0, 0, NaN], "std": [1, 1, 1]}}', "input.mean"),
-        ('{"input": {"mean": [0, 0, 0], "std": [1, 0, 1]}}', "input.std"),
-        ('{"input": {"mean": [0], "std": [1, 1, 1]}}', "input.mean 1 3"),
+        ("{", "JSON"),
+        ('{"input": {"mean": [0], "std": [1, 1, 1]}}', "mean"),
         ('{"input": {"shape": [3, 96, 96]}}', "[3, 96, 96]"),
-        ('{"source": {"file": 1, "sha256": "0"}}', "source.file 1"),
-        ('{"source": {"input": {"mean": ["a"]}}}', "source.input.mean"),
-        ('{"sha256": null}', "sha256 null"),
     ],
 )
-def test_wrong_json_gets_one_line(tmp_path, text, expected):
-    save(random_model(), tmp_path / "model.pt")
-    (tmp_path / "model.json").write_text(text)
-    assert has_line(refused("model.pt", cwd=tmp_path), *expected.split())
-    assert not (tmp_path / "results").exists()
+def test_wrong_json_is_refused(tmp_path, name, text, key):
+    save(random_model(), tmp_path / name)
+    json_path(tmp_path / name).write_text(text)
+    line = refused(name, cwd=tmp_path)
+    assert key in line and name.partition(".")[0] in line
 
 
-def test_other_errors_get_one_line(tmp_path):
-    save(random_model(), tmp_path / "model.pt", input=scaling(0.0, 1.0))
-    assert "nowhere.h5" in refused("model.pt", "--keras", "nowhere.h5", cwd=tmp_path)
-    (tmp_path / "noise.h5").write_bytes(b"noise")
-    assert "noise.h5" in refused("model.pt", "--keras", "noise.h5", cwd=tmp_path)
-    assert "--compare" not in refused("model.pt", "--compare", "other.pt", cwd=tmp_path)
-    if not torch.cuda.is_available():
-        assert "--device cuda" in refused("model.pt", "--device", "cuda", cwd=tmp_path)
-
-
-# What a checkpoint is fed
-
-
-def test_inputs_are_given_or_taken_from_the_checkpoint_and_said(tmp_path):
-    """A fine-tuned file under a new name has no JSON: it is fed pixels, what is given, or as CHECKPOINT."""
-    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
-    save(random_model(), tmp_path / "tuned.pt")
-    save(random_model(), tmp_path / "other.pt", architecture={"bn_eps": 1e-3})
-    stdout, metrics = evaluated("model.pt", "other.pt", "--no-keras", cwd=tmp_path)
-    assert has_line(stdout, "other.json", "other.pt", "model.pt")
-    stdout, metrics = evaluated("model.pt", "--no-keras", "--compare", "tuned.pt", cwd=tmp_path)
-    assert metrics["pairs"][0]["max_abs_probability_difference"] == 0
-    assert has_line(stdout, "tuned.json", "tuned.pt", "model.pt")
-    fed = {"mean": [120.0] * 3, "std": [64.0] * 3}
-    assert metrics["input"] == metrics["compared"][0]["input"] == fed
-    written = (tmp_path / "results/metrics.txt").read_text()
-    for text in (stdout, written):
-        for name in ("model.pt", "tuned.pt"):
-            said = (name, "120, 120, 120", "64, 64, 64")
-            assert any(all(word in part for word in said) for part in text.split("\n\n"))
-    right = metrics["pytorch"]
-
-    stdout, metrics = evaluated("tuned.pt", "--no-keras", "--mean", 120, "--std", 64, 64, 64, cwd=tmp_path)
-    assert "tuned.json" not in stdout
-    assert metrics["input"] == fed and metrics["pytorch"]["loss"] == pytest.approx(right["loss"])
-    stdout, metrics = evaluated("tuned.pt", "--no-keras", cwd=tmp_path)
-    assert has_line(stdout, "tuned.json", "tuned.pt", "--mean", "--std")
-    assert "0, 0, 0" not in stdout and metrics["input"] == {"mean": [0.0] * 3, "std": [1.0] * 3}
+# Other errors, most of them before the work
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "words"),
+    ("arguments", "words", "is_early"),
     [
-        (["--std", "0"], 2, "--std 0"),
-        (["--mean", "1", "2"], 1, "--mean 2 3"),
-        (["--std", "nan"], 2, "--std"),
-        (["--mean", "inf"], 1, "--mean"),
+        (["--keras", "nowhere.h5"], "nowhere.h5: No such file", True),
+        (["--keras", "noise.h5"], "noise.h5: ", False),
+        (["--compare", "other.pt"], "other.pt: No such file", True),
+        (["--no-keras", "--mean", "1", "2"], "mean has 2 values", False),
+        (["--no-keras", "--mean", "inf"], "finite", False),
+        (["--no-keras", "--device", "cuda"], "--device cuda", True),
+        (["--no-keras", "--output", "noise.h5"], "noise.h5: Not a directory", True),
     ],
 )
-def test_inputs_that_make_no_sense(tmp_path, arguments, status, words):
+def test_other_errors(folder, monkeypatch, arguments, words, is_early):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("has CUDA")
+    (folder / "noise.h5").write_bytes(b"noise")
+    monkeypatch.setattr("tests.evaluating.arguments_of", lambda given: ["evaluate.py", *map(str, given)])
+    if is_early:
+        monkeypatch.setattr(evaluate, "load_checkpoint", lambda *_, **__: pytest.fail("went on"))
+    assert words in refused("model.pt", *arguments, cwd=folder)
+
+
+def test_a_data_dir_without_the_test_set_is_an_error(tmp_path, monkeypatch):
+    """The sample does not replace a named folder, except with --data sample."""
     save(random_model(), tmp_path / "model.pt")
-    said = refused("model.pt", "--no-keras", *arguments, cwd=tmp_path, status=status)
-    assert has_line(said, *words.split())
-
-
-@needs_real_model
-def test_another_keras_file_is_named_and_no_failed_conversion(real, reader):
-    """B.pt beside Keras's A.h5 is another model, and the row and a note say so."""
-    metadata = json.loads((real / "model.json").read_text())
-    model = ResNet8.from_checkpoint(real / "model.pt")
-    metadata["source"]["sha256"] = "0" * 64
-    save(model, real / "other.pt", **metadata)
-    stdout, metrics = evaluated("model.pt", "--compare", "other.pt", cwd=real)
-    assert [pair["models"][0] for pair in metrics["pairs"]][:2] == ["Keras model.h5"] * 2
-    (note,) = [note for note in metrics["notes"] if "model.h5" in note]
-    assert "other.pt" in note and note in stdout
-    save(model, real / "tuned.pt", input=metadata["input"])  # of unknown origin: most likely the same
-    stdout, metrics = evaluated("model.pt", "--compare", "tuned.pt", cwd=real)
-    assert metrics["pairs"][0]["models"][0] == "Keras"
-    assert not any("model.h5" in note for note in metrics["notes"])
-
-
-# The data, the outputs, the defaults
-
-
-def command_line(monkeypatch, capsys, cwd, *arguments):
-    """Run evaluate.py with just these arguments; return (status, stdout, stderr)."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    status = evaluate.main()
-    output = capsys.readouterr()
-    return status, output.out, output.err
-
-
-def test_a_data_dir_that_was_given_must_hold_the_data(tmp_path, monkeypatch, capsys):
-    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    monkeypatch.setattr("tests.evaluating.arguments_of", lambda given: ["evaluate.py", *map(str, given)])
     arguments = ["model.pt", "--no-keras", "--data-dir", "mistyped"]
-    status, _, error = command_line(monkeypatch, capsys, tmp_path, *arguments)
-    assert status == 1 and len(error.splitlines()) == 1
-    assert has_line(error, "mistyped", "cifar-10-batches-bin", "cifar-10-batches-py", "--download")
-    assert not (tmp_path / "results").exists()
-    status, out, _ = command_line(monkeypatch, capsys, tmp_path, *arguments, "--data", "sample")
-    assert status == 0 and "1,000" in out
+    for part in ("auto", "full", "perf"):
+        line = refused(*arguments, "--data", part, cwd=tmp_path)
+        assert "mistyped" in line and "--download" in line
+    _, metrics = evaluated(*arguments, "--data", "sample", cwd=tmp_path)
+    assert metrics["dataset"]["images"] == 1000
 
 
+@pytest.mark.skipif(not (SHARED / "cifar-10-batches-bin").exists(), reason="the full test set is absent")
 @pytest.mark.parametrize(("part", "images"), [("perf", 200), ("calibration", 500)])
-def test_mlperf_tiny_images(tmp_path, monkeypatch, capsys, part, images):
-    """They are of the whole test set, and never of the sample."""
-    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
-    arguments = ["model.pt", "--no-keras", "--data", part, "--data-dir"]
-    status, _, error = command_line(monkeypatch, capsys, tmp_path, *arguments, tmp_path)
-    assert status == 1 and len(error.splitlines()) == 1
-    assert str(tmp_path) in error and "--download" in error
-    if not (SHARED / "cifar-10-batches-bin/test_batch.bin").exists():
-        pytest.skip("the full test set is absent")
-    status, out, _ = command_line(monkeypatch, capsys, tmp_path, *arguments, SHARED)
-    assert status == 0 and has_line(out, f"MLPerf Tiny {part} set", str(images))
-    dataset = json.loads((tmp_path / "results/metrics.json").read_text())["dataset"]
-    assert (dataset["name"], dataset["images"]) == (f"MLPerf Tiny {part} set", images)
+def test_mlperf_tiny_images(tmp_path, monkeypatch, part, images):
+    save(random_model(), tmp_path / "model.pt")
+    monkeypatch.setattr("tests.evaluating.arguments_of", lambda given: ["evaluate.py", *map(str, given)])
+    _, metrics = evaluated("model.pt", "--no-keras", "--data", part, "--data-dir", SHARED, cwd=tmp_path)
+    assert metrics["dataset"]["images"] == images and part in metrics["dataset"]["name"]
 
 
-def test_defaults_lie_beside_the_scripts(tmp_path, monkeypatch, capsys):
-    """Called from elsewhere, it says where it looks for the checkpoint, and what makes it."""
+def test_defaults_are_beside_the_scripts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "ROOT", tmp_path / "repository")
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setattr(terminal, "ROOT", tmp_path / "repository")
-    status, out, error = command_line(monkeypatch, capsys, tmp_path / "elsewhere")
-    assert status == 1
-    assert str(tmp_path / "repository/data") in out
-    assert has_line(error, str(tmp_path / "repository/checkpoints/resnet8.pt"), "convert.py")
-
-
-def test_what_cannot_be_done_is_said_before_keras_is_asked(tmp_path, monkeypatch, capsys):
-    """A folder that cannot be written to, a device that is not there: named as they were given."""
-    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
-    (tmp_path / "afile").write_text("no folder")
-    monkeypatch.setattr(evaluate, "load_checkpoint", lambda *_, **__: pytest.fail("went on"))
-    cases = {("--output", "afile"): "afile"}
-    if not torch.cuda.is_available():
-        cases["--device", "cuda"] = "--device cuda"
-    for arguments, named in cases.items():
-        status, _, error = command_line(monkeypatch, capsys, tmp_path, "model.pt", *arguments)
-        assert status == 1 and len(error.splitlines()) == 1
-        assert named in error and str(tmp_path) not in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "model.json", "model.pt"]
-
-
-@pytest.mark.parametrize("shape", [None, 7, [32, 32, 3], [], "32"])
-def test_a_keras_file_with_an_odd_input_shape_is_refused_in_one_line(tmp_path, keras_files, shape):
-    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
-    path = Path(shutil.copy(keras_files / "keras/full_size.h5", tmp_path / "odd.h5"))
-    with h5py.File(path, "r+") as file:
-        config = json.loads(file.attrs["model_config"])
-        first = config["config"]["layers"][0]["config"]
-        first["batch_shape" if "batch_shape" in first else "batch_input_shape"] = shape
-        file.attrs["model_config"] = json.dumps(config)
-    line = refused("model.pt", "--keras", "odd.h5", cwd=tmp_path)
-    assert "odd.h5" in line and "shape" in line
-
-
-def test_a_reader_that_goes_away_ends_the_printing_not_the_work(tmp_path):
-    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
-    program = f"{sys.executable} {ROOT / 'evaluate.py'} model.pt --no-keras --data sample"
-    shell = f"set -o pipefail; {program} | head -1"
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "results/metrics.json").exists()
+    line = refused(cwd=tmp_path / "elsewhere")
+    assert str(tmp_path / "repository/checkpoints/resnet8.pt") in line and "python convert.py" in line

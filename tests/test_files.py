@@ -1,362 +1,316 @@
-"""data/files.py: a file is written whole or not at all."""
+"""models/common/files.py: formats are detected, files are written completely or not at all."""
 
 import errno
+import hashlib
+import io
 import itertools
 import os
-import resource
+import pickle
 import signal
-import subprocess
 import sys
-import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from data.files import check_writable, read_regular, sha256_of, write_atomically, write_files
-from tests.faults import at_every_step, check_whole, files_in, full_from, write_two
+import convert
+from models.common.cli import OutputExistsError
+from models.common.files import (
+    Format,
+    check_outputs,
+    check_writable,
+    detect_content,
+    detect_format,
+    is_checkpoint,
+    json_path,
+    read_metadata,
+    read_regular,
+    sha256_of,
+    write_atomically,
+    write_files,
+    write_with_json,
+)
+from tests.evaluating import random_model
+from tests.faults import at_every_step, check_whole, files_in, full_from
+from tests.runtime_files import write_onnx, write_tflite
 
-ROOT = Path(__file__).resolve().parent.parent
-NEW = {"one": b"new one " * 3, "two": b"new two " * 3}  # as `write_two` writes them
+OLD = {"one": b"old one", "two": b"old two"}
+NEW = {"one": b"new one " * 3, "two": b"new two " * 3}
 
 
 @pytest.fixture
 def old(tmp_path):
-    """Return two paths where something is, and a function that sees if the folder is as it was."""
-    contents = {tmp_path / "one": b"old one", tmp_path / "two": b"old two"}
-    for path, content in contents.items():
-        path.write_bytes(content)
-    return list(contents), lambda: {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    """Return the paths of the files of OLD, and a function: whether the folder is unchanged."""
+    for name, content in OLD.items():
+        (tmp_path / name).write_bytes(content)
+    return *[tmp_path / name for name in OLD], lambda: files_in(tmp_path) == OLD
 
 
-def failing(target):
-    target.write(b"half of")
-    raise RuntimeError("in the middle")
+def write_new(folder):
+    """Write the files of NEW, each in three pieces."""
+
+    def writer(content):
+        return lambda file: [file.write(content[:8]) for _ in range(3)]
+
+    write_files({folder / name: writer(content) for name, content in NEW.items()})
 
 
-def test_writes_into_new_folders(tmp_path):
-    path = tmp_path / "new" / "folder" / "file"
-    write_atomically(path, lambda target: target.write(b"content"))
-    assert path.read_bytes() == b"content"
+# Completely or not at all
+
+
+def test_writes_into_new_folders_and_replaces_files(old):
+    one, _, _ = old
+    path = one.parent / "new" / "folder" / "file"
+    write_files({path: lambda file: file.write(b"content"), one: lambda file: file.write(b"1")})
+    assert (path.read_bytes(), one.read_bytes()) == (b"content", b"1")
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_replaces_all_files(old):
-    (one, two), untouched = old
-    write_files({one: lambda target: target.write(b"1"), two: lambda target: target.write(b"2")})
-    assert (one.read_bytes(), two.read_bytes()) == (b"1", b"2")
-    assert sorted(one.parent.iterdir()) == [one, two]
-    assert not untouched()
-
-
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("first", [True, False])
-def test_writer_that_raises_leaves_all_old_files(old, first):
-    (one, two), untouched = old
-    writers = {one: failing, two: lambda target: target.write(b"2")}
-    with pytest.raises(RuntimeError, match="in the middle"):
+def test_writer_that_raises_changes_nothing(old, error, first):
+    one, two, is_unchanged = old
+
+    def fail(file):
+        file.write(b"half of")
+        raise error
+
+    writers = {one: fail, two: lambda file: file.write(b"2"), two.with_name("new"): lambda file: None}
+    with pytest.raises(error):
         write_files(writers if first else dict(reversed(writers.items())))
-    assert untouched()
+    assert is_unchanged() and len(list(one.parent.iterdir())) == 2
 
 
-def test_writer_that_raises_leaves_no_new_file(tmp_path):
-    with pytest.raises(RuntimeError):
-        write_atomically(tmp_path / "file", failing)
-    assert list(tmp_path.iterdir()) == []
+def test_killed_before_any_step_leaves_each_file_whole(tmp_path):
+    """By SIGKILL before the first step, the second, ... until the process finishes."""
+    kept = []
+
+    def kill_before(step):
+        return lambda number, _: number == step and os.kill(os.getpid(), signal.SIGKILL)
+
+    for step in itertools.count():
+        for name, content in OLD.items():
+            (tmp_path / name).write_bytes(content)
+        if (child := os.fork()) == 0:
+            with at_every_step(tmp_path, kill_before(step)):
+                write_new(tmp_path)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        kept.append(files_in(tmp_path))
+        check_whole(kept[-1], OLD, NEW)
+        if status == 0:
+            break
+        assert status == signal.SIGKILL
+    assert len(kept) > 2 * len(["open", "write", "write", "write", "fsync", "replace"])
+    assert kept[0] == OLD and kept[-1] == NEW
+    assert any(OLD != each != NEW for each in kept)  # between the two renames
 
 
-def test_nothing_is_in_place_before_all_is_written(old):
-    (one, two), _ = old
-    seen = []
-
-    def last(target):
-        target.write(b"2")
-        seen.append((one.read_bytes(), two.read_bytes()))
-
-    write_files({one: lambda target: target.write(b"1"), two: last})
-    assert seen == [(b"old one", b"old two")]
-
-
-def test_interrupt_leaves_the_old_file(old):
-    (one, _), untouched = old
-
-    def interrupted(target):
-        target.write(b"half of")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(one, interrupted)
-    assert untouched()
+def test_full_disk_at_any_step_leaves_each_file_whole(old):
+    one, two, _ = old
+    for step in itertools.count():
+        for name, content in OLD.items():
+            (one.parent / name).write_bytes(content)
+        try:
+            with at_every_step(one.parent, full_from(step)) as kinds:
+                write_new(one.parent)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC and error.filename in (str(one), str(two))
+            check_whole(files_in(one.parent), OLD, NEW)
+            assert sorted(one.parent.iterdir()) == [one, two]
+    assert step > 10 and files_in(one.parent) == NEW
+    assert [kind for kind in kinds if kind in ("fsync", "replace")] == ["fsync"] * 2 + ["replace"] * 2
 
 
-def test_killed_process_leaves_the_old_files(old):
-    (one, two), _ = old
-    code = (
-        "import os, signal, sys; from pathlib import Path; from data.files import write_files\n"
-        "def killed(target): target.write(b'half of'); target.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write_files({Path(sys.argv[1]): lambda target: target.write(b'1'), Path(sys.argv[2]): killed})"
-    )
-    run = subprocess.run([sys.executable, "-c", code, one, two], cwd=ROOT, check=False)
-    assert run.returncode == -signal.SIGKILL
-    assert (one.read_bytes(), two.read_bytes()) == (b"old one", b"old two")
-    assert write_atomically(one, lambda target: target.write(b"1")) is None  # what is left is not in the way
-    assert one.read_bytes() == b"1"
-
-
-def test_folder_in_the_way(tmp_path):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
-        write_atomically(tmp_path / "folder", lambda target: target.write(b"content"))
-    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
-
-
-def test_folder_in_the_way_of_the_second(old):
-    (one, two), _ = old
-    two.unlink()
-    two.mkdir()
-    with pytest.raises(OSError):
-        write_files({one: lambda target: target.write(b"1"), two: lambda target: target.write(b"2")})
-    assert one.read_bytes() == b"old one"
-    assert sorted(one.parent.iterdir()) == [one, two]
-
-
-def test_file_in_the_place_of_a_folder(old):
-    (one, _), untouched = old
-    with pytest.raises(OSError):
-        write_atomically(one / "file", lambda target: target.write(b"content"))
-    assert untouched()
-
-
-def test_folder_without_permission(locked):
-    content = (locked / "odd.h5").read_bytes()
-    with pytest.raises(PermissionError):
-        write_atomically(locked / "odd.h5", lambda target: target.write(b"content"))
-    assert (locked / "odd.h5").read_bytes() == content
-
-
-# What is no regular file, and symbolic links
-
-
-@pytest.fixture
-def pipe(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    return tmp_path / "pipe"
-
-
-def test_reads_regular_files_alone(old, pipe):
-    (one, _), _ = old
-    assert (read_regular(one), read_regular(one, 3), read_regular(one, 99)) == (
-        b"old one",
-        b"old",
-        b"old one",
-    )
-    for read in (read_regular, sha256_of):
-        for path in (pipe, Path("/dev/zero")):
-            with pytest.raises(OSError) as caught:
-                read(path)
-            assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, str(path))
-        with pytest.raises(IsADirectoryError):
-            read(one.parent)
-    assert read_regular(Path("/proc/self/status")) == b""  # its size; reading /proc/kmsg would wait
-
-
-def test_replaces_regular_files_alone(old, pipe):
-    (one, _), untouched = old
-    (link := one.with_name("link")).symlink_to("/dev/null")
-    for path in (pipe, Path("/dev/null"), link):
-        with pytest.raises(OSError) as caught:
-            write_files({one: lambda target: target.write(b"1"), path: lambda target: target.write(b"2")})
-        assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, str(path))
-    assert pipe.is_fifo() and Path("/dev/null").is_char_device()
-    pipe.unlink()
-    link.unlink()
-    assert untouched()
-
-
-def test_link_stays_and_its_target_is_written(old):
-    (one, two), _ = old
-    folder = one.parent / "elsewhere"
-    folder.mkdir()
+def test_link_and_mode_stay(old):
+    one, _, _ = old
+    one.chmod(0o600)
+    (folder := one.parent / "elsewhere").mkdir()
     links = {one.parent / "to one": one, one.parent / "to new": folder / "new"}
     for link, target in links.items():
         link.symlink_to(target)
-    write_files({link: lambda target: target.write(b"new") for link in links})
+    write_files({link: lambda file: file.write(b"new") for link in links})
     assert all(link.is_symlink() and target.read_bytes() == b"new" for link, target in links.items())
-    assert sorted(one.parent.iterdir()) == sorted([*links, one, two, folder])
-    assert list(folder.iterdir()) == [folder / "new"]
+    assert one.stat().st_mode & 0o777 == 0o600 and list(folder.iterdir()) == [folder / "new"]
 
 
-def test_links_in_a_circle(tmp_path):
-    (tmp_path / "a").symlink_to("b")
-    (tmp_path / "b").symlink_to("a")
-    with pytest.raises(OSError) as caught:
-        write_atomically(tmp_path / "a", lambda target: target.write(b"content"))
-    assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(tmp_path / "a"))
-    assert (tmp_path / "a").is_symlink()
+# Files that cannot be read or written
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o664])
-def test_file_keeps_its_mode(old, mode):
-    (one, _), _ = old
-    one.chmod(mode)
-    write_atomically(one, lambda target: target.write(b"1"))
-    assert one.stat().st_mode & 0o777 == mode and one.read_bytes() == b"1"
+def test_only_regular_files_are_read_and_replaced(old):
+    one, _, is_unchanged = old
+    os.mkfifo(pipe := one.with_name("pipe"))
+    (link := one.with_name("link")).symlink_to("/dev/null")
+    for path in (pipe, Path("/dev/zero"), link):
+        for act in (read_regular, sha256_of, detect_format, check_writable):
+            with pytest.raises(OSError) as caught:
+                act(path)
+            assert caught.value.errno == errno.EINVAL and caught.value.filename == str(path)
+        with pytest.raises(OSError):
+            write_files({one: lambda file: file.write(b"1"), path: lambda file: file.write(b"2")})
+    assert pipe.is_fifo() and link.is_symlink() and Path("/dev/null").is_char_device()
+    assert [read_regular(one, limit) for limit in (None, 3, 99)] == [b"old one", b"old", b"old one"]
+    with pytest.raises(IsADirectoryError):
+        read_regular(one.parent)
+    link.unlink()
+    assert is_unchanged()
 
 
-# Before the work
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_files_of_proc_are_empty():
+    """Their size is 0; opening /proc/kmsg would block."""
+    assert read_regular(Path("/proc/self/status")) == b""
+    assert detect_format(Path("/proc/self/status")) is Format.EMPTY
 
 
-def test_what_cannot_be_written_is_found_before_and_nothing_is_made(old):
-    (one, two), _ = old
-    two.unlink()
-    two.mkdir()
-    assert check_writable([one, one.parent / "new" / "folder" / "file"]) is None
-    for path, error, in_the_way in (
-        (two, IsADirectoryError, two),
+def test_obstacles_are_found_before_writing(old):
+    one, two, _ = old
+    (folder := one.with_name("folder")).mkdir()
+    (loop := one.with_name("loop")).symlink_to("loop")
+    assert check_writable(one) is check_writable(folder / "new" / "file") is None
+    for path, error, obstacle in (
+        (folder, IsADirectoryError, folder),
         (one / "file", NotADirectoryError, one),
-        (one / "new" / "folder" / "file", NotADirectoryError, one),
+        (one / "new" / "file", NotADirectoryError, one),
+        (loop, OSError, loop),
     ):
-        with pytest.raises(error) as caught:
-            check_writable([one.parent / "good", path])
-        assert caught.value.filename == str(in_the_way)
-    assert sorted(one.parent.iterdir()) == [one, two]
+        for act in (check_writable, lambda path: write_files(dict.fromkeys((two, path), lambda _: None))):
+            with pytest.raises(error) as caught:
+                act(path)
+            assert caught.value.filename == str(obstacle)
+    assert two.read_bytes() == OLD["two"] and loop.is_symlink() and len(list(one.parent.iterdir())) == 4
 
 
-def test_locked_folder_is_found_before(locked):
+def test_locked_folder_is_found_before_writing(locked):
+    content = (locked / "odd.h5").read_bytes()
     for path in (locked / "odd.h5", locked / "new" / "file"):
-        with pytest.raises(PermissionError) as caught:
-            check_writable([path])
-        assert caught.value.filename == str(locked)
+        for act in (check_writable, lambda path: write_atomically(path, lambda file: file.write(b"1"))):
+            with pytest.raises(PermissionError) as caught:
+                act(path)
+            assert caught.value.filename == str(locked)
+    assert (locked / "odd.h5").read_bytes() == content
 
 
-# On the disk, and what a process that was killed has left
+# Formats
 
 
-def test_content_is_on_the_disk_before_it_is_in_place(old, monkeypatch):
-    """A rename may reach the disk before the content that was not synced: an empty file after a crash."""
-    (one, two), _ = old
-    events, fsync, replace = [], os.fsync, os.replace
-
-    def noted_fsync(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        events.append(("sync", path, os.fstat(descriptor).st_size))
-        fsync(descriptor)
-
-    def noted_replace(source, target):
-        events.append(("replace", Path(source), Path(target)))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
-    write_files({one: lambda target: target.write(b"1"), two: lambda target: target.write(b"22")})
-    (_, first, size), (_, second, second_size), *replaced, (kind, folder, _) = events
-    assert (size, second_size) == (1, 2)
-    assert replaced == [("replace", first, one), ("replace", second, two)]
-    assert (kind, folder) == ("sync", one.parent)  # the names
+def archive(*names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name in names:
+            file.writestr(name, "x")
+    return buffer.getvalue()
 
 
-def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_stay(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    path = tmp_path / "file"
-    leftovers = [tmp_path / f".{path.name}.{pid}.tmp" for pid in (dead.pid, os.getppid(), 10**30)]
-    others = [
-        tmp_path / f".other.{dead.pid}.tmp",
-        tmp_path / f".file.{dead.pid}.tmp.old",
-        tmp_path / ".file.tmp",
-    ]
-    for file in leftovers + others:
-        file.write_bytes(b"half of")
-    write_atomically(path, lambda target: target.write(b"content"))
-    assert sorted(tmp_path.iterdir()) == sorted([path, *leftovers[1:], *others])
+def header(text):
+    return len(text).to_bytes(8, "little") + text
 
 
-# A fault at every step
+CONTENTS = {
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), Format.HDF5),
+    "HDF5, its magic cut": (b"\x89HDF\r\n", Format.UNKNOWN),
+    "Keras archive": (archive("metadata.json", "config.json", "model.weights.h5"), Format.KERAS),
+    "a part of one": (archive("config.json"), Format.KERAS),
+    "torch.save": (archive("model/data.pkl", "model/data/0"), Format.TORCH),
+    "TorchScript": (archive("model/data.pkl", "model/constants.pkl", "model/code/x.py"), Format.TORCHSCRIPT),
+    "torch.export": (archive("m/models/model.json", "m/data/weights/weight_0"), Format.EXPORTED),
+    "torch.export of 2.6": (archive("serialized_exported_program.json"), Format.EXPORTED),
+    "npz": (archive("weights.npy"), Format.ZIP),
+    "damaged archive": (b"PK\x03\x04" + bytes(99), Format.ZIP),
+    "TFLite": (b"\x1c\0\0\0TFL3" + bytes(99), Format.TFLITE),
+    "safetensors": (header(b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}'), Format.SAFETENSORS),
+    "a huge header": ((2**40).to_bytes(8, "little") + b"{}" + bytes(9), Format.UNKNOWN),
+    "pickle": (pickle.dumps({"a": 1}), Format.UNKNOWN),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", Format.LFS),
+    "text": ("täglich\n".encode() * 99, Format.UNKNOWN),
+    "empty": (b"", Format.EMPTY),
+}  # fmt: skip
 
 
-def test_killed_before_every_step_leaves_each_file_whole(tmp_path):
-    """By SIGKILL before the first step, the second, ... until the process gets through."""
-    statuses, found = [], []
-    for step in itertools.count():
-        folder = tmp_path / str(step)
-        folder.mkdir()
-        old = {"one": b"old one", "two": b"old two"}
-        for name, content in old.items():
-            (folder / name).write_bytes(content)
-        run = subprocess.run([sys.executable, "-m", "tests.faults", str(step), folder], cwd=ROOT, check=False)
-        statuses.append(run.returncode)
-        found.append(files_in(folder))
-        check_whole(found[-1], old, NEW)
-        write_two(folder)  # what is left is not in the way, and removed
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == NEW
-        if run.returncode == 0:
-            break
-    assert statuses == [-signal.SIGKILL] * (len(statuses) - 1) + [0]
-    assert len(statuses) > 2 * (len(["open", "write", "write", "write", "fsync", "replace"]))
-    assert found[0] == old and found[-1] == NEW
-    assert any(old != each != NEW for each in found)  # between the two renames, where each of them is whole
+@pytest.mark.parametrize("name", CONTENTS)
+def test_format_is_detected_by_content(tmp_path, name):
+    content, expected = CONTENTS[name]
+    assert detect_content(io.BytesIO(content)) is expected
+    (tmp_path / "model.pt").write_bytes(content)
+    assert detect_format(tmp_path / "model.pt") is expected
 
 
-def test_disk_that_is_full_at_any_step_leaves_each_file_whole(old):
-    (one, two), _ = old
-    folder, before = one.parent, files_in(one.parent)
-    for step in itertools.count():
-        for name, content in before.items():
-            (folder / name).write_bytes(content)
-        try:
-            with at_every_step(folder, full_from(step)):
-                write_two(folder)
-        except OSError as error:
-            assert error.errno == 28 and error.filename in (str(one), str(two))  # not the temporary file
-            failed = True
-        else:
-            failed = False
-        check_whole(files_in(folder), before, NEW)
-        assert sorted(folder.iterdir()) == [one, two]  # nothing half is left
-        if not failed:
-            break
-    assert step > 10 and files_in(folder) == NEW
+def test_files_of_libraries_and_folders_are_detected(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.onnx"
+    for write, expected in (
+        (write_tflite, Format.TFLITE),
+        (write_onnx, Format.ONNX),
+        (lambda path: torch.save(random_model(width=1).state_dict(), path), Format.TORCH),
+        (lambda path: save_file({"a": torch.zeros(2)}, path), Format.SAFETENSORS),
+    ):
+        write(path)
+        assert detect_format(path) is expected
+        assert is_checkpoint(path) == (expected in (Format.TORCH, Format.SAFETENSORS))
+    assert detect_format(tmp_path) is Format.FOLDER
+    (tmp_path / "saved_model.pb").touch()
+    assert detect_format(tmp_path) is Format.SAVED_MODEL
+    with pytest.raises(FileNotFoundError):
+        detect_format(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("limit", [0, 1, 8, 23, 24])
-def test_file_size_limit_leaves_each_file_whole(old, limit):
-    (one, _), untouched = old
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # Python ignores SIGXFSZ: it is an error
-    try:
-        write_two(one.parent)
-    except OSError as error:
-        assert limit < 24 and error.filename == str(one)
-    else:
-        assert limit == 24
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert untouched() if limit < 24 else files_in(one.parent) == NEW
+def saved_model(path):
+    path.mkdir()
+    (path / "saved_model.pb").touch()
 
 
-# Two at once
+OTHERS = {  # a file -> how it is written, and a word about its format or the next step
+    "lite.tflite": (write_tflite, "TensorFlow Lite"),
+    "pt.pt": (write_onnx, "damaged"),
+    "e.pt2": (lambda path: path.write_bytes(archive("m/models/model.json")), "torch.export"),
+    "l.pt": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    "folder": (saved_model, "SavedModel"),
+    "text.json": (lambda path: path.write_text("{}"), "unknown"),
+    "n.npz": (lambda path: np.savez(path, a=np.zeros(2)), "ZIP"),
+    "pipe.h5": (os.mkfifo, "pipe"),
+    "pipe.pt": (os.mkfifo, "pipe"),
+}
 
 
-@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="sees who waits for a lock in /proc")
-def test_two_writers_leave_the_files_of_one(old):
-    """The second starts while the first is between its two renames."""
-    (one, two), _ = old
-    code = (
-        "import sys; from pathlib import Path; from data.files import write_files\n"
-        "write_files({Path(name): lambda target: target.write(b'of the second') for name in sys.argv[1:]})"
-    )
-    others = []
+def test_convert_names_other_formats(tmp_path, monkeypatch, capsys):
+    """One line per file, and nothing is written."""
+    for name, (write, _) in OTHERS.items():
+        write(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert.py", *OTHERS, "--no-verify", "-o", "out/"])
+    assert convert.main() == 1
+    for (name, (_, word)), line in zip(OTHERS.items(), capsys.readouterr().err.splitlines(), strict=True):
+        assert line.startswith(f"error: {name}: ") and word in line, line
+    assert sorted(tmp_path.rglob("*")) == before
 
-    def waits(pid):
-        locks = Path("/proc/locks").read_text().splitlines()
-        return any(f" {pid} " in lock for lock in locks if "->" in lock)
 
-    def act(number, kind):
-        if kind == "replace" and kinds.count(kind) == 2:
-            others.append(subprocess.Popen([sys.executable, "-c", code, one, two], cwd=ROOT))
-            while others[0].poll() is None and not waits(others[0].pid):
-                time.sleep(0.01)
+# The JSON beside a file
 
-    with at_every_step(one.parent, act) as kinds:
-        write_two(one.parent)
-    assert others[0].wait() == 0
-    assert {one.read_bytes(), two.read_bytes()} == {b"of the second"}
-    assert sorted(one.parent.iterdir()) == [one, two]  # no lock file
+
+METADATA = {"architecture": {"width": 16}, "source": {"file": "x.h5"}}
+
+
+def test_no_two_files_share_a_json(tmp_path):
+    names = ["x.pt", "x.pth", "x.h5", "x.keras", "x.safetensors", "x.tflite"]
+    paths = [json_path(tmp_path / name).name for name in names]
+    assert paths[:2] == ["x.json", "x.pth.json"] and len(set(paths)) == len(names)
+    for first, second in (("x.pt", "x"), ("y", "y.pt")):  # names without a suffix could
+        output = tmp_path / first
+        write_with_json(output, b"1", {**METADATA, "sha256": hashlib.sha256(b"1").hexdigest()})
+        check_outputs(output, False, tmp_path / "x.h5")
+        with pytest.raises(OutputExistsError, match=f"{first};"):
+            check_outputs(tmp_path / second, False, tmp_path / "x.h5")
+
+
+def test_json_of_earlier_versions_is_read(tmp_path):
+    (tmp_path / "x.json").write_text('{"architecture": {"bn_eps": 0.5}}')
+    for name in ("x.pth", "x.safetensors"):
+        assert read_metadata(tmp_path / name)["architecture"] == {"bn_eps": 0.5}
+    assert read_metadata(tmp_path / "x.tflite") == read_metadata(tmp_path / "x.h5") == {}
+    (tmp_path / "x.pth.json").write_text("{}")
+    assert read_metadata(tmp_path / "x.pth") == {}

@@ -1,4 +1,4 @@
-"""A converted network trains as Keras's does, in float64: loss, gradients and statistics, in both modes."""
+"""A converted network trains as in Keras, in float64: loss, gradients and statistics, in both modes."""
 
 import re
 
@@ -12,7 +12,7 @@ from tests.keras_files.references import BATCH, MODELS
 
 
 def keras_tensor(computed, prefix, row):
-    """Return a Keras gradient or statistic in PyTorch's layout, by the same transform as its variable."""
+    """Return a Keras gradient or statistic in PyTorch's layout, permuted like its variable."""
     return computed[f"{prefix}:{row.layer}/{row.variable}"].transpose(row.axes)
 
 
@@ -20,16 +20,12 @@ def keras_tensor(computed, prefix, row):
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_keras(reference, network, name, mode):
     """Fine-tuning starts where Keras stopped: outputs, loss, and the gradient of every weight."""
-    assert_loss_and_gradients_are_keras(of_model(reference, name), *network(name), mode)
-
-
-def of_model(reference, name):
-    """Return what Keras computed with one of MODELS."""
-    return {key.removeprefix(f"{name}:"): value for key, value in reference.items() if key.startswith(name)}
+    computed = {key.removeprefix(f"{name}:"): value for key, value in reference.items()}
+    assert_loss_and_gradients_are_keras(computed, *network(name), mode)
 
 
 def assert_loss_and_gradients_are_keras(computed, model, rows, mode):
-    """See that a network in float64 gives the outputs, loss and gradients that Keras has `computed`."""
+    """Check the outputs, loss and gradients of a float64 network against Keras's, `computed`."""
     model.train(mode == "train")
     model.zero_grad()
     images = torch.from_numpy(computed["images"]).permute(0, 3, 1, 2)
@@ -45,14 +41,14 @@ def assert_loss_and_gradients_are_keras(computed, model, rows, mode):
     assert len(trained) == len(list(model.parameters())) == 34
     largest = {}
     for row in trained:
-        ours = model.get_parameter(row.key).grad.numpy()
-        theirs = keras_tensor(computed, f"{mode}:gradient", row)
-        assert ours.shape == theirs.shape
-        assert np.abs(ours - theirs).max() <= 1e-9, row.key
-        largest[row.key] = np.abs(theirs).max()
-    # no two zeros are compared, but for the biases that a BatchNorm takes away again in train mode
+        pytorch = model.get_parameter(row.key).grad.numpy()
+        keras = keras_tensor(computed, f"{mode}:gradient", row)
+        assert pytorch.shape == keras.shape
+        assert np.abs(pytorch - keras).max() <= 1e-9, row.key
+        largest[row.key] = np.abs(keras).max()
+    # no zeros are compared, except for the biases before a BatchNorm, which subtracts them in train mode
     vanishing = {key for key, value in largest.items() if value < 1e-5}
-    before_norm = {f"{place}.bias" for place in GRAPH if re.search(r"conv\d$", place)}
+    before_norm = {f"{node}.bias" for node in GRAPH if re.search(r"conv\d$", node)}
     assert vanishing == (before_norm if mode == "train" else set())
 
 

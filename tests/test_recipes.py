@@ -1,8 +1,7 @@
-"""RECIPES.md's recipes do what they say, on the bundled images."""
+"""The recipes of RECIPES.md, run on the bundled images."""
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from data.cifar10 import load_test
 from models.checkpoint import read_checkpoint
 from models.resnet8 import ResNet8
 from tests.conftest import ROOT
-from tests.recipes import ALONE, LARGE, blocks_of, read_chapters, read_recipes
+from tests.recipes import ALONE, LARGE, read_recipes
 
 RECIPES = [name for name in read_recipes() if name not in LARGE or importlib.util.find_spec(LARGE[name])]
 pytestmark = pytest.mark.long
-# of 1,000 images: the least that have the original's class, and the most that a logit may differ by
+# of 1,000 images: minimum with the original's class, and maximum difference of a logit
 EXPECTED = {
     "Prune": (850, None),
     "int8": (950, None),
@@ -36,7 +35,7 @@ ON_TFLITE = {"TensorFlow Lite, int8", "MLPerf Tiny, closed division", "int8 gold
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Run all, in a process a chapter: each costs what PyTorch's or TensorFlow's start does."""
+    """Run all recipes, each chapter in one process."""
     folder = tmp_path_factory.mktemp("recipes")
     results = folder.with_suffix(".json")
     command = [sys.executable, "-m", "tests.recipes", "--folder", folder, "--json", results, *RECIPES]
@@ -76,7 +75,7 @@ def test_fine_tuning_shows_loss_and_held_out_accuracy(results):
 
 def test_pruned_weights_are_saved_and_stay_zero(results, folder):
     """Training without the mask would fill them."""
-    model = read_checkpoint(folder / "pruned.pt").model
+    model = read_checkpoint(folder / "pruned.pt", ResNet8).model
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     assert zeros / sum(weight.numel() for weight in weights) == pytest.approx(0.3, abs=1e-4)
@@ -118,17 +117,17 @@ def test_int8_files_are_as_good_as_the_network(folder, results, sample, name, de
     assert scales == [dense_scales]
 
 
-def test_tensorflow_recipes_print_what_they_say_and_no_more(results):
+def test_tensorflow_recipes_print_their_lines_only(results):
     printed = [results[name]["printed"].splitlines() for name in RECIPES if name in ON_TFLITE]
     assert [len(lines) for lines in printed] == [0, 1, 1], printed
 
 
-def test_the_runner_finds_images_and_labels(folder):
-    """Red, green and blue of each pixel in turn, where CIFAR-10 has planes."""
+def test_images_and_labels_of_the_runner(folder):
+    """Red, green and blue of each pixel in turn; CIFAR-10 has planes."""
     lines = [line.split(",") for line in (folder / "ic01/y_labels.csv").read_text().splitlines()]
-    chosen = load_test("none", "sample")
+    chosen = load_test(which="sample")
     assert len(lines) == 200 == len(list((folder / "ic01").glob("*.bin")))
-    for number in (0, 7, 199):  # every fifth of the sample stands in
+    for number in (0, 7, 199):  # every fifth image of the sample
         image, label = chosen[5 * number]
         name, classes, given = lines[number]
         assert (classes, int(given)) == ("10", label)
@@ -136,7 +135,7 @@ def test_the_runner_finds_images_and_labels(folder):
 
 
 def test_int8_golden_vectors_are_the_reference_kernels(folder, sample):
-    """conv1 in integers of our own, rounded twice, as RECIPES.md says; XNNPACK's one rounding differs."""
+    """conv1 in integers, rounded twice; XNNPACK's single rounding differs."""
     with np.load(folder / "golden_int8.npz") as content:
         found = dict(content)
     names = [name for name in found if not name.endswith(("scale", "zero point"))]
@@ -172,21 +171,3 @@ def test_int8_golden_vectors_are_the_reference_kernels(folder, sample):
     assert np.array_equal(outputs, expected)
     once = np.clip(np.rint(sums.astype(np.float32) * (factors / scale).astype(np.float32)) + zero, -128, 127)
     assert (outputs != once).any()
-
-
-# Keras's own export
-
-
-def test_keras_own_export_agrees(folder, results, sample):
-    """A second referee: Keras's torch backend and its exporter share no line with our conversion."""
-    ((_, code),) = blocks_of(read_chapters()["Why not Keras's own export?"])
-    here = {**os.environ, "KERAS_BACKEND": "torch"}
-    code = code.replace("checkpoints/resnet8_keras.h5", str(ROOT / "checkpoints/resnet8_keras.h5"))
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=here, check=True, capture_output=True)
-    theirs = torch.export.load(folder / "keras.pt2").module()
-    ours = ResNet8.from_checkpoint(folder / "checkpoints/resnet8.pt")
-    with torch.inference_mode():
-        for image, _ in list(sample)[::25]:
-            pixels = torch.from_numpy(image).float()[None]
-            found = ours(pixels).softmax(1)
-            assert (theirs(pixels.movedim(1, -1)) - found).abs().max() <= 1e-5

@@ -1,25 +1,25 @@
-"""A ResNet8 as oneDNN's fused operators: a convolution, its BatchNorm, addition and ReLU in one pass.
+"""ResNet8 with oneDNN's fused operators: convolution, BatchNorm, addition and ReLU in one pass.
 
-PyTorch's compiler writes such operators (torch/_inductor/fx_passes/mkldnn_fusion.py); they are internal, so
-`fuse` gives them up for the plain network where they are missing, fail, or compute something else.
+PyTorch's compiler uses these operators (torch/_inductor/fx_passes/mkldnn_fusion.py). They are internal, so
+`fuse` returns None where they are missing, fail, or differ from the plain network.
 """
 
 import torch
 from torch import Tensor, nn
 
-from models.equivalents import fold_batch_norm, turn
 from models.resnet8 import ResNet8
+from models.transforms import fold_batch_norm, rotate_180
 
 CHECKED = 16  # images: in float64 they take 7 ms, and 64, whose tensors leave the caches, 90 ms
 ROUNDING = 1e-6  # of a probability in float32; on some processors the plain network's is 3e-6
 
 
 def fuse(model: ResNet8, images: Tensor) -> "FusedResNet8 | None":
-    """Return a float32 network on the CPU, folded and fused, if it computes the same of a batch of images.
+    """Return a fused float32 network for the CPU, or None if it is not as exact.
 
-    `images` are (N, C, H, W) float32, as the network is fed them, in the shape of all batches; the first
-    `CHECKED` are computed. The fused network's probabilities may be twice as far from the float64 network's
-    as the plain one's are, and `ROUNDING`.
+    `images` is a batch of normalized (N, C, H, W) float32 images, in the shape of all later batches; the
+    first `CHECKED` are compared. The fused network's probabilities may differ from the float64 network's by
+    twice the plain network's largest difference, plus `ROUNDING`.
     """
     try:
         with torch.inference_mode():
@@ -27,30 +27,32 @@ def fuse(model: ResNet8, images: Tensor) -> "FusedResNet8 | None":
             folded = fold_batch_norm(model)  # in float64
             exact = folded(images.double()).softmax(1)
             fused = FusedResNet8(folded.float(), shape)
-            found = fused(images.flip(2, 3)), model(images)
-            ours, plain = ((logits.double().softmax(1) - exact).abs().max() for logits in found)
+            outputs = fused(images.flip(2, 3)), model(images)
+            error, plain_error = ((logits.double().softmax(1) - exact).abs().max() for logits in outputs)
     except (AttributeError, RuntimeError, ValueError):  # no such operator, not for this CPU, an odd size
         return None
-    return fused if ours <= 2 * plain + ROUNDING else None
+    return fused if error <= 2 * plain_error + ROUNDING else None
 
 
 class FusedResNet8:
-    """Maps (N, C, H, W) float32 images, turned by 180 degrees, channels last, to (N, num_classes) logits.
+    """Map (N, C, H, W) float32 images, rotated and channels-last, to (N, num_classes) logits.
 
-    Turned, Keras's padding is the same on all sides (`models.equivalents.turn`), and nothing is padded by
-    hand. Raises ValueError for a size that cannot be turned.
+    Rotated by 180 degrees the padding is symmetric (`models.transforms.rotate_180`): no padded copy is made.
     """
 
     def __init__(self, folded: ResNet8, shape: torch.Size) -> None:
-        """Pack the weights of a folded network for batches of this shape, in which they are fastest."""
+        """Pack the weights into the layout that is fastest for batches of `shape`.
+
+        Raises ValueError unless the image size is a multiple of 4.
+        """
         self.fc, self.packed = folded.fc, {}
-        turned, stages = turn(folded, tuple(shape[2:])), {"layer2": 2, "layer3": 4}
-        for name, conv in turned.named_modules():
+        rotated, scales = rotate_180(folded, tuple(shape[2:])), {"layer2": 2, "layer3": 4}
+        for name, conv in rotated.named_modules():
             if isinstance(conv, nn.Conv2d):
                 if name.endswith("downsample"):
-                    conv = folded.get_submodule(name)  # of pixels 1, 3, ...: a 1x1 window will do
-                shrunk = stages.get(name.partition(".")[0], 1) // conv.stride[0]
-                size = [shape[0], conv.in_channels, shape[2] // shrunk, shape[3] // shrunk]
+                    conv = folded.get_submodule(name)  # 1x1 at pixels 1, 3, ... instead of padded 2x2
+                scale = scales.get(name.partition(".")[0], 1) // conv.stride[0]
+                size = [shape[0], conv.in_channels, shape[2] // scale, shape[3] // scale]
                 options = [list(conv.padding), list(conv.stride), [1, 1], 1]
                 weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
                 weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *options, size)

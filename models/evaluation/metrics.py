@@ -1,4 +1,4 @@
-"""What one model makes of the images, how good that is, and how two models differ."""
+"""Predictions of one model, their metrics, and comparisons of models."""
 
 import math
 from dataclasses import dataclass
@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES
-from models.scaling import Scaling
+from models.normalization import Normalization
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
-    """What one model makes of the images, and how fast."""
+    """Predictions of one model for a data set, and its speed."""
 
-    name: str  # in tables: the file's name
-    path: Path | None  # of what was run
+    name: str  # in tables: the file name
+    path: Path | None
     log_probabilities: np.ndarray  # (N, classes) float64
     labels: np.ndarray  # (N,) int64: the true classes
-    scaling: Scaling  # what the model is fed
-    throughput: dict | None = None  # None: Keras, whose speed is not measured here
-    format: str = ""  # what the file is, such as "Keras 2.4.0 .h5 whole model"; "" for a state_dict
-    sparsity: float | None = None  # the part of the weights that is 0; None where it is not known
-    network: dict | None = None  # its size, as `inference.network_size` returns it; None where not known
+    normalization: Normalization  # of the model's input
+    throughput: dict | None = None  # None for Keras, whose speed is not measured
+    format: str = ""  # such as "Keras 2.4.0 .h5 whole model"; "" for a PyTorch state_dict
+    sparsity: float | None = None  # fraction of weights that are 0; None if unknown
+    network: dict | None = None  # as returned by `inference.network_size`; None if unknown
 
     def __repr__(self) -> str:
         accuracy, images = self.metrics["accuracy"], len(self.labels)
@@ -31,44 +31,58 @@ class Predictions:
 
     @cached_property
     def classes(self) -> np.ndarray:
-        """The predicted classes, (N,) int64."""
+        """Predicted classes, (N,) int64."""
         return self.log_probabilities.argmax(axis=1)
 
     @property
     def is_near_chance(self) -> bool:
-        """Whether it is right less than twice as often as a guess."""
+        """Whether the accuracy is below twice that of guessing."""
         return self.metrics["accuracy"] < 2 / len(CLASS_NAMES)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """(N, classes) float64."""
+        """Probabilities, (N, classes) float64."""
         return np.exp(self.log_probabilities)
 
     @cached_property
     def metrics(self) -> dict:
         """Accuracy (fractions of 1), loss (mean cross-entropy, in nats), and the confusion matrix.
 
-        Row i, column j of the matrix counts the images of class i that were taken for class j. The accuracy
-        of a class without images is None.
+        Row i, column j of the matrix is the number of images of class i that were classified as class j. The
+        accuracy of a class without images is None.
         """
         images, classes = self.log_probabilities.shape
         confusion = np.bincount(self.labels * classes + self.classes, minlength=classes**2)
         confusion = confusion.reshape(classes, classes)
-        right, of = confusion.diagonal().tolist(), confusion.sum(axis=1).tolist()
-        per_class = [some / many if many else None for some, many in zip(right, of, strict=True)]
-        correct = int(confusion.trace())
+        correct, totals = confusion.diagonal().tolist(), confusion.sum(axis=1).tolist()
+        per_class = [right / total if total else None for right, total in zip(correct, totals, strict=True)]
         return {
-            "accuracy": correct / images,
-            "correct": correct,
-            "confidence_interval_95": wilson_interval(correct, images),
+            "accuracy": sum(correct) / images,
+            "correct": sum(correct),
+            "confidence_interval_95": wilson_interval(sum(correct), images),
             "loss": float(-self.log_probabilities[np.arange(images), self.labels].mean()),
             "per_class_accuracy": dict(zip(CLASS_NAMES, per_class, strict=True)),
             "confusion_matrix": confusion.tolist(),
         }
 
 
-class Agreement(dict):
-    """How two models agree: a plain dict, as JSON keeps it, that prints as a sentence."""
+def check_outputs(source: str | Path, outputs: np.ndarray, images: int) -> None:
+    """Raise ValueError, which names `source`, unless the outputs are finite, one per image and class."""
+    expected = (images, len(CLASS_NAMES))
+    if outputs.shape != expected:
+        raise ValueError(f"{source}: the outputs have shape {outputs.shape}; expected {expected}")
+    if not np.isfinite(outputs).all():
+        raise ValueError(f"{source}: the outputs are NaN or infinite")
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities, (N, classes) float64, of logits of any dtype."""
+    logits = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+class Comparison(dict):
+    """Comparison of two models: a dict, as in the JSON, that prints as a sentence."""
 
     def __str__(self) -> str:
         first, second = self["models"]
@@ -82,38 +96,37 @@ class Agreement(dict):
 
 
 def p_text(p: float) -> str:
-    """Return a p-value in at most 6 characters: "0.85", "0.049", "2e-49"; where it is tiny, a bound."""
+    """Format a p-value in at most 6 characters: "0.85", "0.049", "2e-49"; a bound if it is tiny."""
     if p >= 0.001:
         return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
     return f"{p:.0e}" if p > 1e-99 else "<1e-99"
 
 
 def difference_text(difference: float) -> str:
-    """Return a difference of a probability in at most 7 characters: "0", "0.031", "3.1e-06"."""
+    """Format a difference of probabilities in at most 7 characters: "0", "0.031", "3.1e-06"."""
     if difference == 0:
         return "0"
     return f"{difference:.3f}" if difference >= 0.001 else f"{difference:.1e}"
 
 
-def compare(first: Predictions, second: Predictions) -> Agreement:
-    """Return how two models agree, image by image; differences are second minus first.
+def compare(first: Predictions, second: Predictions) -> Comparison:
+    """Return the comparison of two models on the same images; differences are second minus first.
 
-    Printed it is a sentence. Fractions are of 1; the mean difference is over all images and classes.
+    Fractions are of 1; the mean difference is over all images and classes.
     """
     first_right, second_right = (each.classes == each.labels for each in (first, second))
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
     differences = np.abs(first.probabilities - second.probabilities)
-    found = {
-        "models": [first.name, second.name],
-        "images": len(first.labels),
-        "same_prediction": int((first.classes == second.classes).sum()),
-        "max_abs_probability_difference": float(differences.max()),
-        "mean_abs_probability_difference": float(differences.mean()),
-        "accuracy_difference": (only_second - only_first) / len(first.labels),
-        "mcnemar_p": mcnemar_p(only_first, only_second),
-    }
-    return Agreement(found)
+    return Comparison(
+        models=[first.name, second.name],
+        images=len(first.labels),
+        same_prediction=int((first.classes == second.classes).sum()),
+        max_abs_probability_difference=float(differences.max()),
+        mean_abs_probability_difference=float(differences.mean()),
+        accuracy_difference=(only_second - only_first) / len(first.labels),
+        mcnemar_p=mcnemar_p(only_first, only_second),
+    )
 
 
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:
@@ -127,10 +140,10 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Return how likely two equally good models differ this much on the same images: McNemar's exact test.
+    """Return the two-sided p-value of McNemar's exact test (McNemar 1947, doi:10.1007/BF02295996).
 
-    `only_first` images are right in the first model alone, `only_second` in the second alone; if the models
-    are equally good, each of these is a toss of a coin. Two-sided (McNemar 1947, doi:10.1007/BF02295996).
+    `only_first` images are right in the first model only, `only_second` in the second only. If the models are
+    equally good, each of these images is a coin toss.
     """
     tosses, fewer = only_first + only_second, min(only_first, only_second)
     ways = total = 1  # ways to get 0 heads, 1 head, ... in so many tosses, as exact integers
@@ -141,14 +154,12 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
 
 
 def check_guards(
-    checkpoints: list[Predictions],
-    reference: Predictions,
-    min_accuracy: float | None,
-    max_drop: float | None,
+    checkpoints: list[Predictions], reference: Predictions, min_accuracy: float | None, max_drop: float | None
 ) -> list[dict]:
-    """Return for every checkpoint and bound what was asked, what was measured, and whether it is met.
+    """Compare every checkpoint with the bounds that are not None.
 
-    The drop is measured from `reference`; None is no bound. Accuracies are fractions of 1.
+    Returns each bound, the measured value and whether it is met. The drop is relative to `reference`;
+    accuracies are fractions of 1.
     """
     guards = []
     for each in checkpoints:
@@ -163,27 +174,17 @@ def check_guards(
     return guards
 
 
-def near_chance_notes(
-    ours: Predictions, compared: list[Predictions], keras: Predictions | None, is_overridden: bool
-) -> list[str]:
-    """Return what to say of checkpoints near chance that may be fed the wrong inputs.
-
-    If another model is fed the same and is not near chance, the inputs are not to blame. What the JSON says
-    of ours and of the Keras model is the same input, unless --mean or --std took its place.
-    """
-    fine = [each.scaling for each in (ours, *compared) if not each.is_near_chance]
-    if keras and not keras.is_near_chance:
-        fine.append(keras.scaling if is_overridden else ours.scaling)
+def near_chance_notes(predictions: list[Predictions]) -> list[str]:
+    """Return a note for every model near chance: its input normalization is most likely wrong."""
     return [
-        f"{each.name} is near chance: most likely the input scaling is wrong. It is fed "
-        f"(pixel - mean) / std, pixels 0 to 255, mean {each.scaling.mean}, std {each.scaling.std}. "
-        "If it wants other inputs, say so with --mean and --std, or convert it for them; for 0 to 1: "
-        "python convert.py KERAS_FILE --mean 0 --std 255"
-        for each in (ours, *compared)
-        if each.is_near_chance and each.scaling not in fine
+        f"{each.name} is near chance: the input normalization is probably wrong ({each.normalization}); "
+        "see --mean and --std; for pixels / 255: --std 255"
+        for each in predictions
+        if each.is_near_chance
     ]
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """Return the files' names; the whole paths of those whose names are not unique."""
-    return [str(path) if [p.name for p in paths].count(path.name) > 1 else path.name for path in paths]
+    """Return the file names, or the whole path where a file name is not unique."""
+    names = [path.name for path in paths]
+    return [str(path) if names.count(path.name) > 1 else path.name for path in paths]

@@ -1,8 +1,8 @@
-"""A Keras model file, and its layers in one form, whatever its format.
+"""A Keras model file, and its layers in one form for all formats.
 
-`read_keras_file` takes `.h5` whole models and weights of Keras 2 and 3, `.keras` archives, `.weights.h5`.
-They are read with h5py, json and zipfile: never through Keras, and running no code from them. The reading
-happens in a process of its own (`models/keras/reader.py`), because damaged bytes can crash the HDF5 library.
+`read_keras_file` reads `.h5` whole models and weights of Keras 2 and 3, `.keras` archives and `.weights.h5`,
+with h5py, json and zipfile: never through Keras, and without running code from them. It reads in a job
+(`models/keras/reader.py`), because damaged bytes can crash the HDF5 library.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import read_regular
-from models.common.errors import KerasFileError
-from models.common.kinds import Kind, kind_of, refusal
-from models.keras.worker import Worker, WorkerError
+from models.common.cli import KerasFileError
+from models.common.files import ADVICE, Format, detect_format, read_regular
+from models.common.job import Job, JobError
 
-# What is read at most. A ResNet8 of width 256 has 20 million parameters: 80 MB, and its optimizer's state.
+# Largest file to read: a ResNet8 of width 256 has 20 million parameters, 80 MB, and its optimizer's state.
 MAX_FILE_BYTES = 256 * 2**20
-NO_KERAS_FILE = "neither an HDF5 file nor a .keras archive"
-MAX_SECONDS = 15  # damage can make the HDF5 library loop for ever
 
 # Layers that do nothing at inference.
 TRAINING_LAYERS = set(
@@ -48,7 +45,7 @@ class Layer:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it computes nothing at inference (a Flatten only says the same in another shape)."""
+        """Whether it computes nothing at inference (a Flatten only changes the shape)."""
         linear = self.class_name == "Activation" and self.config.get("activation") == "linear"
         cast = self.class_name == "Cast" and self.config.get("dtype") in FLOATS
         return linear or cast or self.class_name == "Flatten" or self.class_name in TRAINING_LAYERS
@@ -58,19 +55,19 @@ class Layer:
 class KerasFile:
     """A Keras model file: its bytes, and its layers in graph order (a layer follows all its inputs).
 
-    A file that holds weights alone says nothing of a graph. As it is read, its layers are the groups of
-    tensors in saved order: they have a name and arrays, and no more. `placing.py` gives them places.
+    A file of weights alone has no graph: its layers are the groups of tensors in saved order, with a name and
+    arrays only. `place_weights` (`models/conversion/match.py`) adds the graph.
     """
 
     path: Path
     sha256: str
     content: bytes
-    format: str  # what a person reads, such as "Keras 2.4.0 .h5 whole model"
+    format: str  # for people, such as "Keras 2.4.0 .h5 whole model"
     keras_version: str | None
-    config: dict | None  # the checked configuration; None when the file has only weights
+    config: dict | None  # the checked configuration; None for weights alone
     layers: tuple[Layer, ...]  # the first is the InputLayer, the last is the output
-    assumed: str | None = None  # what the file does not say and was assumed; None for a whole model
-    names_tensors: bool = True  # False: weights alone whose arrays go by "0", "1", ... in saved order
+    assumed: str | None = None  # properties assumed for weights alone; None for a whole model
+    names_tensors: bool = True  # False: weights alone whose arrays are named "0", "1", ... in saved order
 
     @property
     def input_shape(self) -> list[int | None]:
@@ -80,10 +77,9 @@ class KerasFile:
         """
         config = self.layers[0].config
         shape = config.get("batch_shape") or config.get("batch_input_shape")
-        is_image = isinstance(shape, list) and len(shape) == 4 and isinstance(shape[3], int)
-        if not is_image or not all(
-            size is None or (isinstance(size, int) and 0 < size <= 1024) for size in shape[1:]
-        ):
+        is_image = isinstance(shape, list) and len(shape) == 4 and shape[3] is not None
+        sizes = [size for size in shape[1:] if size is not None] if is_image else [0]
+        if not all(isinstance(size, int) and 0 < size <= 1024 for size in sizes):
             raise KerasFileError(f"the input's shape is {shape}, expected (None, height, width, channels)")
         return shape[1:]
 
@@ -94,93 +90,83 @@ class KerasFile:
 
     @property
     def returns_probabilities(self) -> bool:
-        """Whether the output has been through a softmax; otherwise it is logits."""
+        """Whether the output is a softmax's; otherwise it is logits."""
         output = self.output_layer
         return output.class_name == "Softmax" or output.config.get("activation") == "softmax"
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of the file: what was assumed, and what of it is not float32."""
-        arrays = [
-            array for layer in self.layers for array in layer.arrays.values() if array.dtype.kind == "f"
-        ]
-        stored = {str(array.dtype) for array in arrays} - {"float32"}
+        """Notes for the user: assumptions, and dtypes other than float32."""
+        arrays = [array for layer in self.layers for array in layer.arrays.values()]
+        stored = {str(array.dtype) for array in arrays if array.dtype.kind == "f"} - {"float32"}
         policies = set()
         for layer in self.layers[1:]:  # an input's dtype is no policy: pixels may be uint8
             policy = layer.config.get("dtype", "float32")
             if isinstance(policy, dict) and isinstance(policy.get("config"), dict):  # as Keras 3 writes it
                 policy = policy["config"].get("name")
             policies.add(f"{policy!s:.40}")
-        policies -= {"float32"}
-        notes = [self.assumed] if self.assumed else []
-        fed = self.layers[0].config.get("dtype")
-        if fed in HALF_FLOATS:
-            notes.append(f"{fed} input: Keras rounds what it is fed (not whole pixels), PyTorch does not")
-        if fed == "float64":
-            notes.append("float64 input, converted to float32")
-        notes += [f"{', '.join(sorted(stored))} weights, converted to float32"] if stored else []
-        return notes + (
-            [f"dtype policy {', '.join(sorted(policies))}, converted to float32"] if policies else []
-        )
+        notes, dtype = [self.assumed] if self.assumed else [], self.layers[0].config.get("dtype")
+        if dtype in HALF_FLOATS:
+            notes.append(f"{dtype} input: Keras rounds images to it (unless whole pixels), PyTorch does not")
+        inputs = {"float64"} if dtype == "float64" else set()
+        for kind, dtypes in ("input", inputs), ("weights", stored), ("dtype policy", policies - {"float32"}):
+            notes += [f"{', '.join(sorted(dtypes))} {kind}, converted to float32"] if dtypes else []
+        return notes
 
 
-def start_reader() -> Worker:
-    """Start the process that `read_keras_file` needs."""
-    return Worker("models.keras.reader")
+def read_keras_file(path: Path) -> KerasFile:
+    """Read a Keras model or weights file; its content determines the format, not its name.
 
-
-def read_keras_file(path: Path, reader: Worker) -> KerasFile:
-    """Read a Keras model or weights file of any format; its kind is told from its content.
-
-    Raises KerasFileError with one line, which does not name the file, when it cannot be read, is damaged, or
-    is not what it should be.
+    Raises KerasFileError with one line, without the path, for a file that cannot be read, is damaged, or is
+    not a Keras file.
     """
     try:
-        if kind_of(path) is Kind.SAVED_MODEL:
-            raise KerasFileError(refusal(Kind.SAVED_MODEL, NO_KERAS_FILE))
+        found = detect_format(path)
+        if found is Format.EMPTY:
+            raise KerasFileError("is empty")
+        if found is Format.SAVED_MODEL:
+            raise KerasFileError(f"is {found.value}; {ADVICE[found]}")
         content = read_regular(path, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise KerasFileError(f"cannot be read: {error.strerror}") from None
     if len(content) > MAX_FILE_BYTES:
-        raise KerasFileError(f"larger than {MAX_FILE_BYTES >> 20} MiB, no ResNet8")
-    return read_keras_content(path, content, reader)
+        raise KerasFileError(f"larger than {MAX_FILE_BYTES >> 20} MiB, not a ResNet8")
+    return read_keras_content(path, content)
 
 
-def read_keras_content(path: Path, content: bytes, reader: Worker) -> KerasFile:
-    """Do what `read_keras_file` does, for the content of a file that is, or will be, at `path`."""
+def read_keras_content(path: Path, content: bytes) -> KerasFile:
+    """Read the content of a file that is, or will be, at `path`, as `read_keras_file` does."""
     try:
-        reply, arrays = reader.ask({}, {"content": np.frombuffer(content, np.uint8)}, timeout=MAX_SECONDS)
-    except WorkerError as error:
-        reason = f"damaged: the HDF5 library fails on it ({error})" if error.status else error
-        raise KerasFileError(str(reason)) from None
-    layers = unpack_layers(reply.pop("layers"), arrays)
+        arrays = {"content": np.frombuffer(content, np.uint8)}
+        answer, arrays = Job("models.keras.reader").run({}, arrays)
+    except JobError as error:
+        reason = f"damaged: the HDF5 library fails on it ({error})" if error.crashed else str(error)
+        raise KerasFileError(reason) from None
+    layers = unpack_layers(answer.pop("layers"), arrays)
     sha256 = hashlib.sha256(content).hexdigest()
-    return KerasFile(path=path, sha256=sha256, content=content, layers=layers, **reply)
+    return KerasFile(path=path, sha256=sha256, content=content, layers=layers, **answer)
 
 
 def pack_layers(layers: Iterable[Layer]) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """Return layers as a process sends them: a JSON list, and the arrays by `index of the layer:variable`."""
-    layers = list(layers)
-    return [{**vars(layer), "arrays": list(layer.arrays)} for layer in layers], {
-        f"{index}:{variable}": array
-        for index, layer in enumerate(layers)
-        for variable, array in layer.arrays.items()
-    }
+    """Return layers as a job sends them: a JSON list, and arrays named `INDEX:VARIABLE`."""
+    described, arrays = [], {}
+    for index, layer in enumerate(layers):
+        described.append({**vars(layer), "arrays": list(layer.arrays)})
+        arrays.update({f"{index}:{variable}": array for variable, array in layer.arrays.items()})
+    return described, arrays
 
 
 def unpack_layers(described: list[dict], arrays: dict[str, np.ndarray]) -> tuple[Layer, ...]:
-    """Return the layers of which `pack_layers` made this."""
-    return tuple(
-        Layer(
-            **{**layer, "inputs": tuple(layer["inputs"])}
-            | {"arrays": {variable: arrays[f"{index}:{variable}"] for variable in layer["arrays"]}}
-        )
-        for index, layer in enumerate(described)
-    )
+    """Return the layers from which `pack_layers` made this."""
+    layers = []
+    for index, layer in enumerate(described):
+        own = {variable: arrays[f"{index}:{variable}"] for variable in layer["arrays"]}
+        layers.append(Layer(**{**layer, "inputs": tuple(layer["inputs"]), "arrays": own}))
+    return tuple(layers)
 
 
 def check_values(layers: Iterable[Layer]) -> None:
-    """Raise KerasFileError, naming the layer, for a value that is NaN or infinite, or a negative variance."""
+    """Raise KerasFileError, which names the layer, for a NaN or infinite value, or a negative variance."""
     for layer in layers:
         for variable, array in layer.arrays.items():
             if not np.isfinite(array).all():
@@ -190,6 +176,6 @@ def check_values(layers: Iterable[Layer]) -> None:
 
 
 def running_number(name: str) -> tuple[str, int]:
-    """Return `conv2d_3` as ("conv2d", 3), and `conv2d` as ("conv2d", 0)."""
+    """Return ("conv2d", 3) for `conv2d_3`, and ("conv2d", 0) for `conv2d`."""
     stem, _, number = name.rpartition("_")
     return (stem, int(number)) if number.isdecimal() else (name, 0)

@@ -1,14 +1,12 @@
-"""models/evaluation/fused.py: the network's own numbers, or no fused network at all."""
+"""models/evaluation/fused.py: the network's own numbers, or no fused network."""
 
 import pytest
 import torch
 
 from models.evaluation import fused, inference
-from models.scaling import Scaling
+from models.normalization import Normalization
 from tests.evaluating import HAS_FUSED_OPERATORS, random_model
 
-CPU = torch.device("cpu")
-PLAIN = Scaling.given(3, 120.0, 64.0)
 needs_onednn = pytest.mark.skipif(not HAS_FUSED_OPERATORS, reason="this PyTorch has no fused operators")
 
 
@@ -25,53 +23,54 @@ def images(*shape, seed=0):
         ((5, 1, 20, 36), {"in_channels": 1, "width": 3}),
     ],
 )
-def test_it_computes_what_the_network_does(shape, arguments):
+def test_outputs_equal_the_plain_network(shape, arguments):
     model, batch = random_model(**arguments), images(*shape)
     network = fused.fuse(model, batch)
     assert isinstance(network, fused.FusedResNet8)
     with torch.inference_mode():
-        for size in (shape[0], 1, 3):  # batches of other sizes too: the last is short
+        for size in (shape[0], 1, 3):  # the last batch is short
             others = images(size, *shape[1:], seed=1)
             assert torch.allclose(network(others.flip(2, 3)), model(others), rtol=1e-4, atol=1e-5)
 
 
 @needs_onednn
-def test_it_is_used_as_the_folded_network_is(sample):
-    model = random_model()
-    network = fused.fuse(model, torch.from_numpy(PLAIN.of(sample.images[:64])).float())
-    folded = inference.prepare(model, CPU, torch.float32, fold=True)
-    plain, found = (inference.predict(each, sample.images, PLAIN, 64, 2) for each in (folded, network))
-    assert abs(plain - found).max() < 1e-4 and (plain.argmax(1) == found.argmax(1)).all()
+def test_predict_rotates_its_images(sample):
+    model, normalization = random_model(), Normalization.from_args(3, 120.0, 64.0)
+    network = fused.fuse(model, torch.from_numpy(normalization(sample.images[:64])).float())
+    plain = inference.prepare(model, torch.device("cpu"), torch.float32)
+    expected, outputs = (
+        inference.predict(each, sample.images[:150], normalization, 64, 2) for each in (plain, network)
+    )
+    assert abs(expected - outputs).max() < 1e-4
 
 
-def test_a_size_that_cannot_be_turned_is_left_to_the_plain_network():
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_missing_operators_and_odd_sizes_leave_the_plain_network(monkeypatch, error):
     assert fused.fuse(random_model(), images(4, 3, 30, 30)) is None
 
+    def missing(*_):
+        raise error("no such operator")
 
-def test_a_cpu_or_a_pytorch_without_the_operators_is_left_to_the_plain_network(monkeypatch):
-    for error in (AttributeError, RuntimeError):
-
-        def missing(*_, error=error):
-            raise error("no such operator")
-
-        monkeypatch.setattr(fused.FusedResNet8, "_convolve", missing)
-        assert fused.fuse(random_model(), images(4, 3, 32, 32)) is None
-
-
-@needs_onednn
-def test_other_numbers_are_left_to_the_plain_network(monkeypatch):
-    """A kernel that is not turned, as a mistake or another PyTorch could have it."""
-    monkeypatch.setattr(fused, "turn", lambda model, size: model)
+    monkeypatch.setattr(fused.FusedResNet8, "_convolve", missing)
     assert fused.fuse(random_model(), images(4, 3, 32, 32)) is None
 
 
-@needs_onednn
-def test_a_small_difference_counts(monkeypatch):
+def not_rotated(patch):
+    patch.setattr(fused, "rotate_180", lambda model, size: model)
+
+
+def slightly_off(patch):
     """1e-4 of a probability: a hundred times float32's rounding."""
     convolve = fused.FusedResNet8._convolve
 
-    def off(network, x, name, after="relu"):
+    def scaled(network, x, name, after="relu"):
         return convolve(network, x, name, after) * (1 + 1e-4 * (name == "conv1"))
 
-    monkeypatch.setattr(fused.FusedResNet8, "_convolve", off)
+    patch.setattr(fused.FusedResNet8, "_convolve", scaled)
+
+
+@needs_onednn
+@pytest.mark.parametrize("mistake", [not_rotated, slightly_off])
+def test_other_numbers_leave_the_plain_network(monkeypatch, mistake):
+    mistake(monkeypatch)
     assert fused.fuse(random_model(), images(64, 3, 32, 32)) is None

@@ -1,8 +1,16 @@
-"""An archive with other members."""
+"""Fixtures for the tests of the Keras readers."""
 
 import zipfile
 
 import pytest
+
+from tests.keras_files.reading import ForkedReader
+
+
+@pytest.fixture
+def forked_reader(monkeypatch):
+    """Read Keras files in a fork, with the job's limits."""
+    monkeypatch.setattr("models.keras.file.Job", ForkedReader)
 
 
 @pytest.fixture

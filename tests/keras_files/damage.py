@@ -1,8 +1,7 @@
-"""Damages Keras files in every way: their bytes, and their content.
+"""Damage Keras files: their bytes (anywhere, and in HDF5's structure), and their content.
 
-Bits are flipped anywhere or where HDF5 keeps its structure, files cut, blocks zeroed, overwritten or swapped;
-in an archive also inside a member whose checksum is then right. And valid files get wrong content: tensors
-missing, added, renamed, reshaped, retyped, swapped; attributes and JSON edited.
+In an archive, bytes are damaged inside a member too, whose checksum is then right. Damaged content is valid
+HDF5 or JSON with tensors missing, added, renamed, reshaped, retyped or swapped, and values edited.
 """
 
 import contextlib
@@ -29,13 +28,13 @@ def flip_anywhere(data: bytearray, rng: random.Random) -> None:
 
 
 def flip_ends(data: bytearray, rng: random.Random) -> None:
-    """The superblock and the first headers; an archive's directory is at its end."""
+    """Damage the superblock and the first headers, or the end, where an archive has its directory."""
     size = min(rng.choice([64, 256, 2048]), len(data))
     flip(data, rng, range(size) if rng.random() < 0.7 else range(len(data) - size, len(data)))
 
 
 def structure(data: bytearray) -> list[int]:
-    """Return where HDF5 keeps B-trees, symbol tables, heaps and the headers that their addresses lead to."""
+    """Return the offsets of HDF5's B-trees, symbol tables, heaps and object headers."""
     found = re.finditer(rb"TREE|SNOD|HEAP|GCOL|OHDR|FRHP|BTHD|\x01\x00[\x01-\x20]\x00", data)
     places = [mark.start() + offset for mark in found for offset in range(96)]
     return [place for place in places if place < len(data)] or list(range(len(data)))
@@ -114,9 +113,8 @@ def reshape_tensor(file: h5py.File, rng: random.Random) -> None:
     data = tensors(file, rng)[0]
     name, array = data.name, data[()]
     longer = (*array.shape[:-1], array.shape[-1] + 1) if array.ndim else (2,)
-    shape = rng.choice(
-        [(array.size,), (1, array.size), (*array.shape, 1), array.shape[::-1], longer, (), (0,)]
-    )
+    shapes = [(array.size,), (1, array.size), (*array.shape, 1), array.shape[::-1], longer, (), (0,)]
+    shape = rng.choice(shapes)
     del file[name]
     file[name] = np.resize(array, shape)
 
@@ -125,19 +123,7 @@ def retype_tensor(file: h5py.File, rng: random.Random) -> None:
     data = tensors(file, rng)[0]
     name, array = data.name, data[()]
     del file[name]
-    types = [
-        "f2",
-        ">f4",
-        "f8",
-        "i1",
-        "u8",
-        "c8",
-        "?",
-        "S4",
-        "V3",
-        h5py.string_dtype(),
-        np.dtype([("a", "f4")]),
-    ]
+    types = [*"f2 >f4 f8 i1 u8 c8 ? S4 V3".split(), h5py.string_dtype(), np.dtype([("a", "f4")])]
     with contextlib.suppress(TypeError, ValueError):  # not every array can be every type
         file[name] = array.astype(rng.choice(types))
 
@@ -175,27 +161,11 @@ def edit_attribute(file: h5py.File, rng: random.Random) -> None:
             attributes[name] = rng.choice(odd)
 
 
-HDF5 = [
-    remove_tensor,
-    add_tensor,
-    rename,
-    reshape_tensor,
-    retype_tensor,
-    wrong_values,
-    swap_tensors,
-    edit_attribute,
-]
-ODD = [None, True, False, 0, 1, -1, 2.5, 1e400, 10**30, "", "x", "relu", "Lambda", "é\0"]
-ODD += [
-    [],
-    [1, 1],
-    [[[]]],
-    {},
-    {"a": 1},
-    {"class_name": "Zeros", "config": {}},
-    {"class_name": "Lambda", "config": {}},
-    ["a", 0, 0, {}],
-]
+TENSORS = [remove_tensor, add_tensor, reshape_tensor, retype_tensor, wrong_values, swap_tensors]
+HDF5 = [*TENSORS, rename, edit_attribute]
+SCALARS = [None, True, False, 0, 1, -1, 2.5, 1e400, 10**30, "", "x", "relu", "Lambda", "é\0"]
+CLASSES = [{"class_name": "Zeros", "config": {}}, {"class_name": "Lambda", "config": {}}]
+ODD = [*SCALARS, *CLASSES, [], [1, 1], [[[]]], {}, {"a": 1}, ["a", 0, 0, {}]]
 
 
 def edit_json(source: str, rng: random.Random) -> str:

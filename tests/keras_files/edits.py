@@ -6,7 +6,7 @@ KERNEL = "model_weights/conv2d/conv2d/kernel"  # of `plain.h5`, as Keras 3 write
 
 
 def edit_config(change):
-    """Return an edit of a whole model's configuration."""
+    """Return an edit of a whole model's configuration: `change` modifies it, or returns another."""
 
     def edit(file):
         config = json.loads(file.attrs["model_config"])
@@ -16,7 +16,19 @@ def edit_config(change):
     return edit
 
 
+def first_of(config, class_name):
+    """Return the first layer of a class."""
+    return next(entry for entry in config["config"]["layers"] if entry["class_name"] == class_name)
+
+
+def with_options(class_name, **options):
+    """Return an edit of the options of the first layer of a class."""
+    return edit_config(lambda config: first_of(config, class_name)["config"].update(options))
+
+
 def replace_kernel(make, name=KERNEL):
+    """Return an edit that replaces the first kernel by `make(file, name)`."""
+
     def edit(file):
         del file[name]
         make(file, name)

@@ -1,8 +1,8 @@
 # ruff: noqa: N803, N806  # K is the Keras library, L its layers
-"""ResNet8s in Keras, in every variant that can be converted: the networks behind the test files.
+"""ResNet8s in Keras, in every variant that can be converted.
 
 Weights are random, BatchNorm's statistics, gamma and beta too, so that no swap can hide. Nothing here imports
-Keras: what builds a network is given the library, Keras 3 or tf_keras.
+Keras: functions that build a network receive the library, Keras 3 or tf_keras.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import numpy as np
 
 WRITERS = ("keras", "tf_keras")
 SHAPE = (16, 16, 3)
-WIDTH = 4  # few numbers, so that a damaged byte often hits what matters
+WIDTH = 4  # few numbers, so that a damaged byte often matters
 CLASSES = 7
 
 
@@ -35,8 +35,8 @@ def resnet8(
 ) -> object:
     """Return a ResNet8 with options `conv` and `norm` for its layers.
 
-    `change` maps a place in the network, such as `layer2.bn1`, to a function (layers, x) -> x that replaces
-    the layer there; None in place of the function leaves the layer out.
+    `change` maps a node such as `layer2.bn1` to a function (layers, x) -> x that replaces the layer; None
+    removes it.
     """
     L, change = K.layers, change or {}
 
@@ -80,13 +80,13 @@ def resnet8(
 
 @dataclass(frozen=True)
 class Variant:
-    """A network, the dtype policy it is written with, and which files of weights alone can be converted."""
+    """A network, its dtype policy, and the formats of weights alone that can be converted."""
 
     build: Callable[[ModuleType], object]
     policy: str = "float32"
     weights_alone: tuple[str, ...] = (".weights.h5", ".legacy.h5")
     writers: tuple[str, ...] = WRITERS
-    bn_eps: float = 1e-3  # for the weights alone, which do not say it
+    bn_eps: float = 1e-3  # for weights alone, which do not have it
     pixels: bool = False  # takes images from 0 to 255
 
 
@@ -97,18 +97,17 @@ def variant(policy: str = "float32", writers: tuple = WRITERS, **options: object
 
 
 def misleading(place: str) -> str:
-    """Return a name that says something else than what the layer is."""
+    """Return a misleading name for a layer."""
     rng = random.Random(place)
     return f"{rng.choice(['conv2d', 'dense', 'add', 'batch_normalization', 'x'])}_{rng.randrange(10**6)}"
 
 
 def each(places: str, function: Callable | None) -> dict:
-    """Return a `change` of several places, such as `layer1.relu1 layer1.relu2`."""
+    """Return a `change` of several nodes, such as `layer1.relu1 layer1.relu2`."""
     return {place: function for place in places.split()}
 
 
 RELUS = "relu1 " + " ".join(f"layer{index}.relu{number}" for index in (1, 2, 3) for number in (1, 2))
-SHORTCUTS = "layer2.downsample layer3.downsample"
 
 
 def pooled_by(size: object, **options: object) -> dict:
@@ -130,36 +129,29 @@ def adapted(L: ModuleType, x: object, axis: int | None = -1) -> object:
 
 
 def cast(_: ModuleType, x: object) -> object:
-    """An operation, as Keras 3.5 to 3.8 put one before every layer of a mixed policy."""
+    """An operation, as Keras 3.5 to 3.8 has before every layer of a mixed policy."""
     return importlib.import_module("keras").ops.cast(x, "float64")
 
 
 def noisy(K: ModuleType) -> object:
-    """Augmentation, dropout and noise wherever people put them."""
+    """Augmentation, dropout and noise in all usual places."""
 
     def augmented(L: ModuleType, x: object) -> object:
         if K.__name__ == "keras" or K.backend.floatx() != "float64":  # tf_keras cannot build these in float64
-            for layer in (
-                L.RandomFlip("horizontal"),
-                L.RandomRotation(0.1),
-                L.RandomZoom(0.1),
-                L.RandomContrast(0.1),
-            ):
-                x = layer(x)
+            x = L.RandomZoom(0.1)(L.RandomRotation(0.1)(L.RandomFlip("horizontal")(x)))
+            x = L.RandomContrast(0.1)(x)
         return L.GaussianNoise(0.1)(x)
 
-    return resnet8(
-        K,
-        change={
-            "input": augmented,
-            "relu1": lambda L, x: L.Dropout(0.3)(L.ReLU()(x)),
-            "layer1.relu2": lambda L, x: L.SpatialDropout2D(0.3)(L.ReLU()(x)),
-            "layer2.downsample": lambda L, x: L.GaussianDropout(0.1)(
-                L.Conv2D(2 * WIDTH, 1, 2, padding="same")(x)
-            ),
-            "avgpool": lambda L, x: L.Dropout(0.5)(L.GlobalAveragePooling2D()(x)),
-        },
-    )
+    change = {
+        "input": augmented,
+        "relu1": lambda L, x: L.Dropout(0.3)(L.ReLU()(x)),
+        "layer1.relu2": lambda L, x: L.SpatialDropout2D(0.3)(L.ReLU()(x)),
+        "layer2.downsample": lambda L, x: L.GaussianDropout(0.1)(
+            L.Conv2D(2 * WIDTH, 1, 2, padding="same")(x)
+        ),
+        "avgpool": lambda L, x: L.Dropout(0.5)(L.GlobalAveragePooling2D()(x)),
+    }
+    return resnet8(K, change=change)
 
 
 def nested(K: ModuleType) -> object:
@@ -179,7 +171,7 @@ def integer_input(K: ModuleType) -> object:
 
 
 def nested_frozen(K: ModuleType) -> object:
-    """Transfer learning as Keras's guides do it: the model inside is called with training=False."""
+    """Transfer learning as in Keras's guides: the nested model is called with training=False."""
     inputs = K.Input(SHAPE)
     backbone = resnet8(K, change=each("fc", None))
     backbone.trainable = False
@@ -187,7 +179,7 @@ def nested_frozen(K: ModuleType) -> object:
 
 
 def nested_partly_frozen(K: ModuleType) -> object:
-    """A convolution of the model inside is frozen: Keras 2's save_weights saves it after the rest."""
+    """A convolution of the nested model is frozen: Keras 2's save_weights saves it after the others."""
     inputs = K.Input(SHAPE)
     backbone = resnet8(K, change=each("fc", None))
     [layer for layer in backbone.layers if isinstance(layer, K.layers.Conv2D)][1].trainable = False
@@ -205,134 +197,134 @@ def nested_deep(K: ModuleType) -> object:
 
 
 def compiled(K: ModuleType) -> object:
-    """A network that has been trained for a step: the file holds an optimizer's state and names a loss."""
+    """A network after a step of training: the file has an optimizer's state and a loss."""
     model = resnet8(
         K, conv={"kernel_initializer": "he_normal", "kernel_regularizer": K.regularizers.L2(1e-4)}
     )
     model.compile(K.optimizers.Adam(1e-3), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     tensorflow = importlib.import_module("tensorflow")
-    tensorflow.config.run_functions_eagerly(True)  # compiling a step takes seconds, and the file is the same
+    tensorflow.config.run_functions_eagerly(True)  # compiling a step takes seconds
     model.fit(np.zeros((2, *SHAPE), np.float32), np.zeros(2), verbose=0)
     tensorflow.config.run_functions_eagerly(False)
     model.layers[3].trainable = False
     return model
 
 
+def at_input(layer: Callable, **options: object) -> Variant:
+    """Return a variant with a layer at the input, which takes pixels from 0 to 255."""
+    return variant(change={"input": layer}, weights_alone=(), pixels=True, **options)
+
+
+# Numbers that float32 represents exactly: tf_keras, and Keras 3 in arrays, do not round them to it.
+SCALES, OFFSETS = np.array([1 / 256, 1 / 128, 1 / 64]), np.array([0, -1, 0.5], np.float32)
+EXACT_FRACTIONS = {"mean": [0.5, 0.46875, 0.4375], "variance": [0.0625, 0.03125, 0.125]}
+ROUNDED = {"mean": [125.3, 123.0, 113.9], "variance": [3969.1, 3856, 4452]}
+WITH_NUMBERS = (".weights.h5",)  # nested models: Keras 2's order of saving does not name the layers
+
+KERAS3 = ("keras",)  # variants whose configuration and weights Keras 2 writes as in another variant
+# fmt: off
 VARIANTS = {
     "plain": variant(),
-    "renamed": variant(rename=misleading),
-    "shortcut_first": variant(shortcut_first=True),
+    "shortcut_first": variant(shortcut_first=True, rename=misleading),
     "full_size": variant(width=16, classes=10, shape=(32, 32, 3)),
-    "classes_100": variant(classes=100),
-    "two_classes": variant(classes=2),
-    "gray": variant(shape=(28, 28, 1)),
-    "four_channels": variant(
-        shape=(16, 16, 4)
-    ),  # as many as the width: the first kernel looks like the next two
-    "large_input": variant(shape=(64, 48, 3)),
-    "odd_input": variant(shape=(33, 21, 3)),
+    "gray": variant(shape=(28, 28, 1), classes=2, writers=KERAS3),
+    "four_channels": variant(  # the width: the first kernel has the shape of the next two
+        shape=(16, 16, 4), writers=KERAS3
+    ),
+    "odd_input": variant(shape=(33, 21, 3), writers=KERAS3),
     "any_input": variant(shape=(None, None, 3)),
-    "no_conv_bias": variant(conv={"use_bias": False}),
-    "no_dense_bias": variant(change={"fc": lambda L, x: L.Dense(CLASSES, "softmax", use_bias=False)(x)}),
+    "no_bias": variant(
+        conv={"use_bias": False},
+        change={"fc": lambda L, x: L.Dense(CLASSES, "softmax", use_bias=False)(x)},
+    ),
     "no_scale": variant(norm={"scale": False}, weights_alone=(".legacy.h5",)),
     "no_center": variant(norm={"center": False}, weights_alone=(".legacy.h5",)),
-    "no_scale_no_center": variant(norm={"scale": False, "center": False}),
-    "epsilon_momentum": variant(norm={"epsilon": 1e-5, "momentum": 0.9}, bn_eps=1e-5),
-    "relu_activation": variant(change=each(RELUS, lambda L, x: L.Activation("relu")(x))),
-    "relu_in_norm_order": variant(
-        change=each("relu1", lambda L, x: L.Activation("relu")(L.Activation("linear")(x)))
+    "no_scale_no_center": variant(norm={"scale": False, "center": False}, writers=KERAS3),
+    "epsilon_momentum": variant(
+        norm={"epsilon": 1e-5, "momentum": 0.9},
+        change=each(RELUS, lambda L, x: L.Activation("relu")(L.Activation("linear")(x))),
+        bn_eps=1e-5,
     ),
-    "average_pooling": variant(change=pooled_by(4)),
-    "average_pooling_oblong": variant(shape=(32, 16, 3), change=pooled_by((8, 4), strides=1)),
+    "average_pooling": variant(change=pooled_by(4), writers=KERAS3),
+    "average_pooling_oblong": variant(shape=(64, 48, 3), classes=100, change=pooled_by((16, 12), strides=1)),
     "softmax_layer": variant(change=dense_then(lambda L: L.Softmax())),
-    "softmax_activation": variant(change=dense_then(lambda L: L.Activation("softmax"))),
-    "softmax_then_identities": variant(
-        change=dense_then(
-            lambda L: lambda x: L.Dropout(0.1)(L.Activation("linear")(L.Activation("softmax")(x)))
-        )
-    ),
+    "softmax_activation": variant(change=dense_then(lambda L: L.Activation("softmax")), writers=KERAS3),
+    "softmax_then_identities": variant(change=dense_then(
+        lambda L: lambda x: L.Dropout(0.1)(L.Activation("linear")(L.Activation("softmax")(x)))
+    )),
     "logits": variant(change=dense_then(None)),
     "noisy": Variant(noisy),
-    "rescaling": variant(
-        change={"input": lambda L, x: L.Rescaling(1 / 255)(x)}, weights_alone=(), pixels=True
-    ),
-    "rescaling_offset": variant(
-        change={"input": lambda L, x: L.Rescaling(1 / 127.5, offset=-1)(x)}, weights_alone=(), pixels=True
-    ),
-    "rescaling_numpy": variant(  # numbers that float32 holds exactly: Keras does not round arrays to it
-        change={
-            "input": lambda L, x: L.Rescaling(
-                np.array([1 / 256, 1 / 128, 1 / 64]), offset=np.array([0, -1, 0.5], np.float32)
-            )(x)
-        },
-        writers=("keras",),
-        weights_alone=(),
-        pixels=True,
-    ),
-    "normalization": variant(  # numbers that float32 holds exactly: tf_keras does not round them to it
-        change={
-            "input": lambda L, x: L.Normalization(mean=[125.5, 123, 113.75], variance=[3969.0, 3856, 4452])(x)
-        },
-        weights_alone=(),
-        pixels=True,
-    ),
-    "normalization_rounded": variant(
-        change={
-            "input": lambda L, x: L.Normalization(mean=[125.3, 123.0, 113.9], variance=[3969.1, 3856, 4452])(
-                x
-            )
-        },
-        weights_alone=(),
-        writers=("keras",),
-        pixels=True,
-    ),
-    "normalization_adapted": variant(change={"input": adapted}, weights_alone=(), pixels=True),
-    "normalization_of_all": variant(
-        change={"input": lambda L, x: adapted(L, x, None)}, weights_alone=(), pixels=True
-    ),
-    "rescaling_normalization": variant(
-        change={
-            "input": lambda L, x: L.Normalization(
-                mean=[0.5, 0.46875, 0.4375], variance=[0.0625, 0.03125, 0.125]
-            )(L.Rescaling(1 / 255)(x))
-        },
-        weights_alone=(),
-        pixels=True,
+    "rescaling": at_input(lambda L, x: L.Rescaling(1 / 255)(x), writers=KERAS3),
+    "rescaling_offset": at_input(lambda L, x: L.Rescaling(1 / 127.5, offset=-1)(x)),
+    "rescaling_numpy": at_input(lambda L, x: L.Rescaling(SCALES, offset=OFFSETS)(x), writers=KERAS3),
+    "normalization_rounded": at_input(lambda L, x: L.Normalization(**ROUNDED)(x), writers=KERAS3),
+    "normalization_adapted": at_input(adapted),
+    "normalization_of_all": at_input(lambda L, x: adapted(L, x, None), writers=KERAS3),
+    "rescaling_normalization": at_input(
+        lambda L, x: L.Normalization(**EXACT_FRACTIONS)(L.Rescaling(1 / 255)(x))
     ),
     "nested": Variant(nested, weights_alone=(), pixels=True),
     "dict_output": Variant(dict_output),
-    "integer_input": Variant(integer_input, weights_alone=(), pixels=True),
-    "nested_stages": variant(nest_stages=True, weights_alone=(".legacy.h5",)),
-    "nested_deep": Variant(nested_deep),
-    "nested_frozen": Variant(nested_frozen),
-    "nested_partly_frozen": Variant(nested_partly_frozen, weights_alone=(".weights.h5",)),
+    "integer_input": Variant(integer_input, weights_alone=(), pixels=True, writers=KERAS3),
+    "nested_stages": variant(nest_stages=True, weights_alone=()),
+    "nested_deep": Variant(nested_deep, weights_alone=WITH_NUMBERS),
+    "nested_frozen": Variant(nested_frozen, weights_alone=WITH_NUMBERS),
+    "nested_partly_frozen": Variant(nested_partly_frozen, weights_alone=WITH_NUMBERS),
     "compiled": Variant(compiled),
-    "valid_where_equal": variant(
-        change={
-            "layer2.downsample": lambda L, x: L.Conv2D(2 * WIDTH, 1, 2)(x),
-            "layer3.downsample": lambda L, x: L.Conv2D(4 * WIDTH, 1, 2)(x),
-        }
-    ),
+    "valid_where_equal": variant(writers=KERAS3, change={
+        "layer2.downsample": lambda L, x: L.Conv2D(2 * WIDTH, 1, 2)(x),
+        "layer3.downsample": lambda L, x: L.Conv2D(4 * WIDTH, 1, 2)(x),
+    }),
     "operator_add": variant(
-        change=each("layer1.add layer2.add layer3.add", lambda L, x: x[0] + x[1]), writers=("keras",)
+        change=each("layer1.add layer2.add layer3.add", lambda L, x: x[0] + x[1]), writers=KERAS3
     ),
-    "float16": variant("float16"),
+    "casts": variant(writers=KERAS3, change={
+        "input": cast,
+        "relu1": lambda L, x: cast(L, L.ReLU()(x)),
+        "fc": lambda L, x: cast(L, L.Dense(CLASSES, activation="softmax")(x)),
+    }),
+    "float16": variant("float16", writers=KERAS3),
     "float64": variant("float64"),
-    "casts": variant(
-        writers=("keras",),
-        change={
-            **{"input": cast, "relu1": lambda L, x: cast(L, L.ReLU()(x))},
-            "fc": lambda L, x: cast(L, L.Dense(CLASSES, activation="softmax")(x)),
-        },
-    ),
-    "bfloat16": variant("bfloat16", writers=("keras",)),
+    "bfloat16": variant("bfloat16", writers=KERAS3),
     "mixed_float16": variant("mixed_float16"),
-    "mixed_bfloat16": variant("mixed_bfloat16"),
+    "mixed_bfloat16": variant("mixed_bfloat16", writers=KERAS3),
+}
+# fmt: on
+# Whose outputs are computed in float64, by another model with the same weights; other outputs are float32.
+IN_FLOAT64 = "plain full_size nested nested_deep dict_output casts rescaling_normalization".split()
+FORMATS = {  # suffix: the reader's name for it, writers
+    ".h5": (".h5 whole model", WRITERS),
+    ".keras": (".keras archive", WRITERS),
+    ".weights.h5": (".weights.h5 weights", WRITERS),
+    ".legacy.h5": (".h5 weights", ("tf_keras",)),
+}
+ONLY = {  # the other variants have the same configuration and weights in these formats as in another one
+    ("keras", ".keras"): """
+        plain shortcut_first full_size any_input no_bias no_scale epsilon_momentum rescaling_numpy
+        rescaling_normalization logits noisy normalization_adapted nested dict_output integer_input
+        nested_stages nested_deep nested_frozen compiled operator_add casts float16 float64 mixed_float16
+    """.split(),
+    ("keras", ".weights.h5"): """
+        plain shortcut_first full_size gray four_channels no_bias no_scale_no_center epsilon_momentum logits
+        noisy nested_deep nested_frozen nested_partly_frozen compiled float16 bfloat16
+    """.split(),
+    ("tf_keras", ".keras"): "plain shortcut_first noisy nested nested_deep normalization_adapted".split(),
+    ("tf_keras", ".weights.h5"): "plain shortcut_first nested_deep full_size".split(),
 }
 
 
+def is_converted(writer: str, suffix: str, name: str) -> bool:
+    """Return whether a variant's file of a writer and a format is converted by the tests."""
+    return (
+        writer in FORMATS[suffix][1]
+        and writer in VARIANTS[name].writers
+        and suffix in (".h5", ".keras", *VARIANTS[name].weights_alone)
+        and name in ONLY.get((writer, suffix), VARIANTS)
+    )
+
+
 def randomize(model: object, rng: np.random.Generator) -> None:
-    """Draw every weight so that logits are near 1; a Normalization keeps what it has adapted to."""
+    """Draw every weight so that logits are near 1; a Normalization keeps its own."""
     values = []
     for variable in model.weights:
         name = getattr(variable, "path", variable.name).split("/")[-1].split(":")[0]

@@ -1,10 +1,10 @@
-"""Uses a Keras file that convert.py wrote as people use it: predicts, trains, and says what it is made of.
+"""Use a Keras file written by convert.py as people do: infer, train, and list its variables.
 
     python -m tests.keras_files.written FOLDER
 
-FOLDER has `model.h5`, `model.keras` (the same model) and `inputs.npz`: `pixels`, uint8, `images`, what the
-model is fed in training, and `labels`. It gets `computed.npz`: the `passes` of `references.py`, and
-`SUFFIX:DTYPE`, what `Model.predict` makes of the pixels in both dtypes.
+FOLDER has `model.h5`, `model.keras` (the same model) and `inputs.npz`: `pixels` (uint8), `images` (the
+model's input in training) and `labels`. It gets `computed.npz`: the `passes` of `references.py`, and
+`SUFFIX:DTYPE`, the outputs for the pixels in both dtypes.
 """
 
 import os
@@ -27,7 +27,7 @@ def main() -> None:
     for suffix in (".h5", ".keras"):
         model = keras.models.load_model(folder / f"model{suffix}")
         for dtype in ("uint8", "float32"):
-            found[f"{suffix}:{dtype}"] = model.predict(inputs["pixels"].astype(dtype), verbose=0)
+            found[f"{suffix}:{dtype}"] = np.asarray(model(inputs["pixels"].astype(dtype), training=False))
     found |= passes(keras, tf, model, inputs["images"], inputs["labels"])
     np.savez(folder / "computed.npz", **found)
 

@@ -1,0 +1,73 @@
+"""Input normalization: (pixel - mean) / std, for pixel values 0-255."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+LIMIT = 1e30  # largest mean or std; float32 arithmetic with it does not overflow
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Input normalization with one mean and one std per channel, in pixel units."""
+
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def from_args(
+        cls, channels: int, mean: ArrayLike | None = None, std: ArrayLike | None = None
+    ) -> Normalization:
+        """Build from `--mean` and `--std`: a scalar, or one value per channel; None is 0 and 1.
+
+        Raises ValueError for a value that is not finite, a std of 0, or a wrong number of values.
+        """
+        values = {}
+        for name, value in {"mean": 0 if mean is None else mean, "std": 1 if std is None else std}.items():
+            numbers = np.ravel(np.asarray(value, np.float64)).tolist()
+            if not all(abs(number) <= LIMIT for number in numbers) or (name == "std" and 0 in numbers):
+                raise ValueError(f"{name} is {numbers}; expected finite numbers up to {LIMIT:g}, std not 0")
+            if len(numbers) not in (1, channels):
+                raise ValueError(f"{name} has {len(numbers)} values, but the input has {channels} channels")
+            values[name] = numbers * channels if len(numbers) == 1 else numbers
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, described: dict, channels: int) -> Normalization:
+        """Build from `mean` and `std` of a checked JSON object, lists with one value per channel.
+
+        A missing key is 0 or 1. Raises ValueError for a wrong number of values.
+        """
+        for name in ("mean", "std"):
+            if name in described and len(described[name]) != channels:
+                size = len(described[name])
+                raise ValueError(
+                    f"{name} in the JSON has {size} values, expected one per channel, {channels}"
+                )
+        return cls.from_args(channels, described.get("mean"), described.get("std"))
+
+    def override(self, mean: ArrayLike | None, std: ArrayLike | None) -> Normalization:
+        """Return a copy with mean and/or std overridden, given as in `from_args`."""
+        mean, std = self.mean if mean is None else mean, self.std if std is None else std
+        return Normalization.from_args(len(self.mean), mean, std)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether pixels are passed through unchanged."""
+        return not any(self.mean) and all(value == 1 for value in self.std)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Normalize (N, C, H, W) pixels in float64; the identity returns `pixels` itself."""
+        if self.is_identity:
+            return pixels
+        mean, std = (np.reshape(values, (-1, 1, 1)) for values in (self.mean, self.std))
+        return (pixels.astype(np.float64) - mean) / std
+
+    def __str__(self) -> str:
+        if self.is_identity:
+            return "pixels 0-255"
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"(pixel - mean) / std, mean {mean}, std {std}"

@@ -1,0 +1,93 @@
+"""Networks equivalent to a ResNet8 (folded, rotated), and its intermediate activations."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.resnet8 import ResNet8
+
+
+def layer_activations(model: ResNet8, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Capture intermediate activations with forward hooks.
+
+    Returns every layer's output for (N, C, H, W) normalized `images`, by the names of GRAPH
+    (`models/graph.py`), channels last as in Keras, in the dtype of `images`.
+    """
+    activations: dict[str, np.ndarray] = {}
+
+    def store(name: str, value: torch.Tensor) -> None:
+        activations[name] = value.movedim(1, -1).numpy().copy()  # a copy: the addition works in place
+
+    def hook(name: str, _: object, inputs: tuple, output: torch.Tensor) -> None:
+        if not name.endswith(".relu"):
+            store(name, output)
+        elif f"{name}1" not in activations:  # a block calls its ReLU twice: after bn1 and after the addition
+            store(f"{name}1", output)
+        else:
+            store(f"{name.removesuffix('relu')}add", inputs[0])
+            store(f"{name}2", output)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(partial(hook, name)) for name, module in leaves]
+    try:
+        with torch.inference_mode():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return activations
+
+
+def fold_batch_norm(model: ResNet8) -> ResNet8:
+    """Fold every BatchNorm into the preceding convolution; return a float64 copy in eval mode.
+
+    In eval mode a BatchNorm is a multiplication and an addition per channel, which the convolution's weight
+    and bias can absorb. Only rounding differs.
+    """
+    model = copy.deepcopy(model).double().eval()  # float64: the new weights are rounded once
+    for block in list(model.modules()):
+        for name, module in list(block.named_children()):
+            if isinstance(module, nn.BatchNorm2d):
+                conv = name.replace("bn", "conv")  # bn1 follows conv1, bn2 follows conv2
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), module))
+                setattr(block, name, nn.Identity())
+    return model
+
+
+def rotate_180(model: ResNet8, image_size: tuple[int, int] = (32, 32)) -> ResNet8:
+    """Return a copy for images rotated by 180 degrees, with symmetric padding in every layer.
+
+    `rotate_180(model)(images.flip(2, 3))` equals `model(images)` up to rounding. Use it for compilers and
+    accelerators that only support symmetric padding. Keras pads a strided 3x3 convolution by (0, 1) on an
+    even size. With image and kernels rotated this becomes (1, 0), which equals `padding=1`, since no window
+    reaches the last padded pixel. The strided 1x1 shortcut reads pixels 0, 2, ...; rotated, these are the
+    last pixels of all 2x2 windows, so it becomes a 2x2 convolution with three weights of 0.
+
+    Raises ValueError unless `image_size` (height, width) is a multiple of 4 on both axes: both strided
+    stages need an even size.
+    """
+    if any(side % 4 for side in image_size):
+        raise ValueError(f"image size {image_size[0]} x {image_size[1]}: rotation needs multiples of 4")
+    rotated = copy.deepcopy(model)
+    for block in list(rotated.modules()):
+        for name, conv in list(block.named_children()):
+            if isinstance(conv, nn.Conv2d):
+                setattr(block, name, _rotated_convolution(conv))
+    return rotated
+
+
+def _rotated_convolution(conv: nn.Conv2d) -> nn.Conv2d:
+    weight = conv.weight.detach().flip(2, 3)
+    if conv.kernel_size == (1, 1):
+        weight = F.pad(weight, (1, 0, 1, 0))
+    kernel = weight.shape[-1]
+    rotated = nn.Conv2d(
+        conv.in_channels, conv.out_channels, kernel, conv.stride, padding=1 if kernel == 3 else 0
+    )
+    rotated.weight, rotated.bias = nn.Parameter(weight), conv.bias
+    return rotated.train(conv.training)
