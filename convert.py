@@ -277,12 +277,7 @@ def parse_arguments() -> argparse.Namespace:
         "files", metavar="FILE", type=file_path, nargs="*", help=f"Keras file or checkpoint ({DEFAULT_INPUT})"
     )
     add = parser.add_argument_group("output").add_argument
-    add(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help="output file (.pt, .h5, .keras), or a folder (default: beside the input)",
-    )
+    add("-o", "--output", metavar="OUT", help="output file, or a folder (default: beside the input)")
     add("--force", action="store_true", help="overwrite files not written by convert.py, or modified since")
     add("-v", "--verbose", action="store_true", help="print the mapping, one row per tensor")
     group = parser.add_argument_group("input")
@@ -297,7 +292,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--rescaling",
         action="store_true",
-        help="to Keras: include the input normalization as a Rescaling layer",
+        help="to Keras: put the input normalization into a Rescaling layer",
     )
     add = parser.add_argument_group("verification").add_argument
     add("--no-verify", action="store_true", help="skip the comparison with Keras (TensorFlow not required)")
