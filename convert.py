@@ -17,7 +17,6 @@ verifies, `models/mapping.py` is the table of tensors, `models/checkpoint.py` re
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from models.common.cli import (
     add_shared_options,
     echo,
     file_path,
+    format_table,
     in_repository,
     make_parser,
     print_error,
@@ -238,21 +238,16 @@ def print_source(path: Path, file_format: str, notes: list[str]) -> None:
 
 def print_summary(tasks: list[Task], outcomes: list[tuple[dict | None, str]]) -> None:
     """Print one row per file: result, largest difference of the probabilities, and output or error."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("file", "result", "probabilities (float64)", "output or error", box=None)
+    headings = ["file", "result", "probabilities (float64)", "output or error"]
+    rows = [headings]
     for task, (metadata, detail) in zip(tasks, outcomes, strict=True):
         result, difference = "failed", ""
         if metadata:
             results = metadata["verification"]
             result = "converted"
             difference = f"{results['float64']['probabilities']:.1e}" if results else "not verified"
-        table.add_row(printable(str(task.path)), result, difference, printable(detail))
-    console = Console(file=io.StringIO(), width=10_000, markup=False, emoji=False, highlight=False)
-    console.print(table)
-    lines = console.file.getvalue().splitlines()
-    echo("\n".join(["", *map(str.rstrip, lines)]))
+        rows.append([str(task.path), result, difference, detail])
+    echo("\n" + format_table(rows, left=tuple(headings)))
 
 
 def advice_without_keras(to_keras: bool) -> str:

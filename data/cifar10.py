@@ -116,8 +116,8 @@ def load_train(data_dir: str | Path, download: bool = False) -> tuple[np.ndarray
 def perf_indices(labels: np.ndarray) -> np.ndarray:
     """Return the (200,) int64 indices of the test images in MLPerf Tiny's runner, in its order.
 
-    `labels` are those of the whole test set, (10000,), in the official order. Drawn as in mlcommons/tiny's
-    `get_perf_samples_idxs.py`: 20 of each class, then all shuffled.
+    `labels` are the (10000,) labels of the whole test set, in the official order. Drawn as in
+    mlcommons/tiny's `get_perf_samples_idxs.py`: 20 of each class, then all shuffled.
     """
     random = np.random.default_rng(PERF_SEED)
     classes = [np.flatnonzero(labels == label) for label in range(len(CLASS_NAMES))]

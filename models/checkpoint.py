@@ -250,7 +250,7 @@ def missing_names(state: dict[str, Tensor], names: list[str]) -> list[str]:
 
 
 def check_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise ValueError for a tensor that has no values of its own, or not those of a network in `dtype`."""
+    """Raise ValueError for a tensor without values of its own, or with values not possible in `dtype`."""
     for name, tensor in state.items():
         is_float = tensor.is_floating_point()
         if tensor.is_quantized:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import os
 import sys
 import unicodedata
@@ -85,6 +86,27 @@ def echo(text: str = "") -> None:
 def print_error(message: str) -> None:
     """Print an error, one line on stderr."""
     print(f"error: {printable(message)}", file=sys.stderr)
+
+
+def format_table(rows: list[list[str]], gap: int = 2, left: tuple[str, ...] = ("format",)) -> str:
+    """Return rows, the first of them headings, as an aligned table of plain text.
+
+    The first column and those with a heading in `left` are left-aligned; `gap` is the space between columns.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    headings, *rows = rows
+    table = Table(box=None, show_edge=False, padding=(0, gap, 0, 0))
+    for heading in headings:
+        side = "left" if heading in (headings[0], *left) else "right"
+        table.add_column(heading, justify=side, vertical="bottom")
+    for row in rows:
+        table.add_row(*map(printable, row))  # names and a Keras file's version may be any text
+    plain = {"color_system": None, "markup": False, "emoji": False, "highlight": False}
+    console = Console(file=io.StringIO(), width=10_000, **plain)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().split("\n")).rstrip("\n")
 
 
 @dataclass

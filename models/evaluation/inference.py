@@ -61,7 +61,7 @@ def prepare(model: ResNet8, device: torch.device, dtype: torch.dtype) -> ResNet8
 def network_size(model: ResNet8, image_shape: tuple[int, ...]) -> dict:
     """Return the parameters, the trainable ones among them, and the multiply-accumulates per (C, H, W) image.
 
-    The other parameters are BatchNorm's running statistics. Multiply-accumulates are those of convolutions
+    The other parameters are BatchNorm's running statistics. Multiply-accumulates are counted for convolutions
     and the last layer, padding included: 12,501,632 for width 16. PyTorch's FlopCounterMode gives the same
     number, but imports the compiler: 1 s.
     """

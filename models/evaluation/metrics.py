@@ -36,7 +36,7 @@ class Predictions:
 
     @property
     def is_near_chance(self) -> bool:
-        """Whether the accuracy is below twice that of guessing."""
+        """Whether the accuracy is below twice the accuracy of guessing."""
         return self.metrics["accuracy"] < 2 / len(CLASS_NAMES)
 
     @cached_property

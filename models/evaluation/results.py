@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.cifar10 import CLASS_NAMES, Dataset
-from models.common.cli import printable
+from models.common.cli import format_table, printable
 from models.common.files import check_writable, read_regular, sha256_of, write_files
 from models.evaluation.metrics import Comparison, Predictions, compare, difference_text, p_text
 
@@ -132,24 +131,6 @@ def describe(each: Predictions) -> str:
     if not each.normalization.is_identity:
         details.append(str(each.normalization))
     return printable(f"{each.name}: {', '.join(details)}")
-
-
-def format_table(rows: list[list[str]], gap: int = 2) -> str:
-    """Return rows, the first of them headings, as an aligned table of plain text."""
-    from rich.console import Console
-    from rich.table import Table
-
-    headings, *rows = rows
-    table = Table(box=None, show_edge=False, padding=(0, gap, 0, 0))
-    for heading in headings:
-        side = "left" if heading in (headings[0], "format") else "right"
-        table.add_column(heading, justify=side, vertical="bottom")
-    for row in rows:
-        table.add_row(*map(printable, row))  # a Keras file's version may be any text
-    plain = {"color_system": None, "markup": False, "emoji": False, "highlight": False}
-    console = Console(file=io.StringIO(), width=10_000, **plain)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().split("\n")).rstrip("\n")
 
 
 def confusion_text(each: Predictions) -> str:

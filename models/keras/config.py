@@ -12,7 +12,7 @@ from models.keras.file import FLOATS, TRAINING_LAYERS, Layer
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
-# Classes allowed in a configuration; one with any other never reaches Keras. Those of the last three lines
+# Classes allowed in a configuration; one with any other never reaches Keras. Classes in the last three lines
 # are harmless, and refused by `conversion/match.py`, which names the node.
 KERAS_CLASSES = TRAINING_LAYERS | set(
     """
