@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for `python -I` and `python -P`
 
-from data.cifar10 import CLASS_NAMES, PARTS, DataError, Dataset, load_test
+from data.cifar10 import PARTS, DataError, Dataset, load_test
 from models.common import cli
 from models.common.files import RUNTIME_FORMATS, detect_format, json_path, read_metadata, sha256_of
 from models.common.job import JobError
@@ -126,7 +126,7 @@ def load_checkpoint(
     from models.checkpoint import Checkpoint, read_checkpoint
     from models.resnet8 import ResNet8
 
-    channels, classes = dataset.images.shape[1], len(CLASS_NAMES)
+    channels, classes = dataset.images.shape[1], len(dataset.class_names)
     if detect_format(path) in RUNTIME_FORMATS:
         metadata = read_metadata(path)
         try:
@@ -144,8 +144,8 @@ def load_checkpoint(
     shape, needed = [channels, *(described.get("shape") or [None] * 3)[1:]], list(dataset.images.shape[1:])
     if any(size not in (None, right) for size, right in zip(shape, needed, strict=True)):
         raise ValueError(f"{path}: expects images of shape {shape}; CIFAR-10 images are {needed}")
-    if classes != len(CLASS_NAMES):
-        raise ValueError(f"{path}: has {classes} classes; CIFAR-10 has {len(CLASS_NAMES)}")
+    if classes != len(dataset.class_names):
+        raise ValueError(f"{path}: has {classes} classes; CIFAR-10 has {len(dataset.class_names)}")
     if mean or std:
         checkpoint = checkpoint.with_normalization(mean, std)
     elif "mean" not in described or "std" not in described:
@@ -182,7 +182,7 @@ def score(
 ) -> Predictions:
     """Evaluate any network on a data set, and measure its speed.
 
-    `network` maps a (N, 3, 32, 32) float32 tensor to (N, 10) logits, a tensor or an array: quantized,
+    `network` maps (N, C, H, W) float32 images to (N, classes) logits, a tensor or an array: quantized,
     exported, compiled, or of another library. Its input is (pixel - mean) / std, for pixels 0-255; `mean` and
     `std` are scalars or one value per channel. Default: the normalization read by `ResNet8.from_checkpoint`,
     else pixels 0-255. `workers` is the number of threads. Warns if the accuracy is near chance, as with a

@@ -56,14 +56,15 @@ class DataError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled images."""
+    """Labelled images; the sizes and numbers are CIFAR-10's, and those of other images may differ."""
 
     name: str  # "CIFAR-10 test set", "CIFAR-10 sample", "MLPerf Tiny perf set" or "... calibration set"
     images: np.ndarray  # (N, 3, 32, 32) uint8, NCHW, RGB
-    labels: np.ndarray  # (N,) int64, 0 to 9
-    sha256: str  # hex digest of the N records in the binary format
+    labels: np.ndarray  # (N,) int64, indices into `class_names`
+    sha256: str = ""  # hex digest of the N records in the binary format
     notice: str = ""  # one line for the user if these are fewer images than requested
     part: str = ""  # of the test set: "sample", "perf" or "calibration"; "" for the whole set
+    class_names: tuple[str, ...] = CLASS_NAMES
 
     def __len__(self) -> int:
         return len(self.labels)

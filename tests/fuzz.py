@@ -236,13 +236,14 @@ def fuzz_json(folder, files):
 
 def fuzz_npz(folder, files):
     """Read the cache of Keras's predictions: as it was written, or not at all."""
-    path, cached = folder / "model.keras-0.npz", np.log(np.random.default_rng(0).random((100, 10)))
+    path, dataset = folder / "model.keras-0.npz", few_images(100)
+    cached = np.log(np.random.default_rng(0).random((100, 10)))
     write_cache([path], cached, "a .h5", OneLineNotes())
     source = path.read_bytes()
 
     def read(content):
         path.write_bytes(content)
-        read_back = read_cache(path, len(cached), OneLineNotes())
+        read_back = read_cache(path, dataset, OneLineNotes())
         if read_back is None:
             raise ValueError("damaged: Keras runs again")
         assert np.array_equal(read_back[0], cached) and read_back[1] == "a .h5", "another cache"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.cifar10 import Dataset
 from evaluate import compare, score
 from models.resnet8 import ResNet8
 from models.transforms import fold_batch_norm
@@ -113,3 +114,23 @@ def test_a_normalization_has_one_value_or_one_per_channel(dataset):
     one, each = (score(random_model(), dataset, [120.0] * n, [64.0] * n) for n in (1, 3))
     assert np.array_equal(one.log_probabilities, each.log_probabilities)
     assert one.normalization == each.normalization
+
+
+@pytest.mark.parametrize("classes", [2, 100, 1000])
+def test_a_data_set_has_its_own_classes(classes):
+    """Other images and labels than CIFAR-10's; uint8 labels, as files often have them."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (300, 3, 40, 48), np.uint8)
+    labels = random.integers(0, min(classes, 256), 300).astype(np.uint8)
+    names = tuple(f"class {number}" for number in range(classes))
+    dataset = Dataset("mine", images, labels, class_names=names)
+    network = ResNet8(num_classes=classes, width=2).eval()
+    with torch.inference_mode():
+        predicted = network(torch.from_numpy(images).float()).argmax(1).numpy()
+    first, second = (score(network, dataset, name=name) for name in ("first", "second"))
+    assert first.metrics["correct"] == (predicted == labels).sum()
+    assert list(first.metrics["per_class_accuracy"]) == list(names)
+    assert np.shape(first.metrics["confusion_matrix"]) == (classes, classes)
+    assert compare(first, second)["same_prediction"] == 300
+    with pytest.raises(ValueError, match="shape"):
+        score(ResNet8(num_classes=classes + 1).eval(), dataset)

@@ -51,11 +51,11 @@ def keras_baseline(
     cache_name = f"{keras_file.stem}.keras-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npz"
     # beside the checkpoint if the Keras file's folder cannot be written
     caches = [folder / cache_name for folder in (keras_file.parent, checkpoint.path.parent)]
-    cached = next(filter(None, (read_cache(path, len(dataset), notes) for path in caches)), None)
+    cached = next(filter(None, (read_cache(path, dataset, notes) for path in caches)), None)
     if cached is None:
         notes.add(f"running Keras on {len(dataset):,} images; predictions are cached in {caches[0]}")
         logits, file_format = run_keras(keras_file, checkpoint.bn_eps, dataset.images, normalization, python)
-        check_outputs(keras_file, logits, len(dataset))
+        check_outputs(keras_file, logits, dataset)
         cached = log_softmax(logits), file_format
         write_cache(caches, *cached, notes)
     return Predictions(name, keras_file, cached[0], dataset.labels, normalization, format=cached[1])
@@ -87,14 +87,14 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
     return None
 
 
-def read_cache(path: Path, images: int, notes: Notes) -> tuple[np.ndarray, str] | None:
+def read_cache(path: Path, dataset: Dataset, notes: Notes) -> tuple[np.ndarray, str] | None:
     """Return the cached log-probabilities and Keras format; None if missing or damaged."""
     if not path.exists():
         return None
     with suppress(Exception):  # damage raises anything
         with np.load(io.BytesIO(read_regular(path)), allow_pickle=False) as arrays:
             log_probabilities, file_format = arrays["log_probabilities"], str(arrays["format"])
-        check_outputs(path, log_probabilities, images)
+        check_outputs(path, log_probabilities, dataset)
         if log_probabilities.dtype == np.float64 and file_format.isprintable():
             return log_probabilities, file_format
     notes.add(f"{path} is damaged")

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import matplotlib
 import numpy as np
 
-from data.cifar10 import CLASS_NAMES, Dataset
+from data.cifar10 import Dataset
 from models.evaluation.metrics import Predictions
 
 matplotlib.use("Agg")  # no screen needed
@@ -25,7 +25,7 @@ STYLE = {
     "ytick.labelsize": 8,
     "text.parse_math": False,  # names may contain dollar signs
 }
-CLASS_TICKS = {"labels": CLASS_NAMES, "rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+SLANTED = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
 
 
 def draw_report(
@@ -85,7 +85,7 @@ def draw_classes(axes: plt.Axes, models: list[Predictions]) -> None:
         text = "-" if np.isnan(difference) else text
         color = "white" if abs(difference) > 0.7 * limit else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(CLASS_NAMES)), **CLASS_TICKS)
+    axes.set_xticks(range(percents.shape[1]), models[0].class_names, **SLANTED)
     axes.set_yticks([])
     others = ";\nother rows: difference in points" if len(models) > 1 else ""
     axes.set_title(f"Accuracy per class (%) of {models[0].name}{others}")
@@ -124,8 +124,8 @@ def draw_confusion(axes: plt.Axes, ours: Predictions) -> None:
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if np.sqrt(count) > 0.55 * np.sqrt(counts.max()) else "black"
         axes.text(column, row, f"{count:,}" if count else "", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(CLASS_NAMES)), **CLASS_TICKS)
-    axes.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
+    axes.set_xticks(range(len(counts)), ours.class_names, **SLANTED)
+    axes.set_yticks(range(len(counts)), ours.class_names)
     axes.set_title(f"Confusion matrix of {ours.name} (images)")
     axes.set(xlabel="predicted class", ylabel="true class")
 
@@ -141,5 +141,5 @@ def draw_mistakes(figure: plt.Figure, dataset: Dataset, ours: Predictions) -> No
         axes.set_axis_off()
     for axes, image in zip(cells, wrong[np.argsort(-confidence[wrong], kind="stable")], strict=False):
         axes.imshow(dataset.images[image].transpose(1, 2, 0))
-        predicted, true = CLASS_NAMES[ours.classes[image]], CLASS_NAMES[dataset.labels[image]]
+        predicted, true = (dataset.class_names[each[image]] for each in (ours.classes, dataset.labels))
         axes.set_title(f"{predicted}\n{confidence[image]:.4f}\ntrue: {true}", fontsize=8, weight="normal")

@@ -167,14 +167,16 @@ def measure(
     start = time.perf_counter()
     logits = predict(network, dataset.images, normalization, batch_size, workers, name)
     seconds = time.perf_counter() - start
-    check_outputs(path or name, logits, len(dataset))
+    check_outputs(path or name, logits, dataset)
     throughput = {
         "seconds": seconds,
         "images_per_second": len(logits) / seconds,
         "batch_size": batch_size,
         "workers": workers,
     }
-    return Predictions(name, path, log_softmax(logits), dataset.labels, normalization, throughput)
+    labels, names = dataset.labels, dataset.class_names
+    predicted = log_softmax(logits)
+    return Predictions(name, path, predicted, labels, normalization, throughput, class_names=names)
 
 
 def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Predictions]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cifar10 import CLASS_NAMES
+from data.cifar10 import CLASS_NAMES, Dataset
 from models.normalization import Normalization
 
 
@@ -24,6 +24,7 @@ class Predictions:
     format: str = ""  # such as "Keras 2.4.0 .h5 whole model"; "" for a PyTorch state_dict
     sparsity: float | None = None  # fraction of weights that are 0; None if unknown
     network: dict | None = None  # as returned by `inference.network_size`; None if unknown
+    class_names: tuple[str, ...] = CLASS_NAMES
 
     def __repr__(self) -> str:
         accuracy, images = self.metrics["accuracy"], len(self.labels)
@@ -36,8 +37,8 @@ class Predictions:
 
     @property
     def is_near_chance(self) -> bool:
-        """Whether the accuracy is below twice the accuracy of guessing."""
-        return self.metrics["accuracy"] < 2 / len(CLASS_NAMES)
+        """Whether the accuracy is below twice the accuracy of guessing; of few classes, below 60 %."""
+        return self.metrics["accuracy"] < min(2 / len(self.class_names), 0.6)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -52,7 +53,7 @@ class Predictions:
         accuracy of a class without images is None.
         """
         images, classes = self.log_probabilities.shape
-        confusion = np.bincount(self.labels * classes + self.classes, minlength=classes**2)
+        confusion = np.bincount(self.labels.astype(np.int64) * classes + self.classes, minlength=classes**2)
         confusion = confusion.reshape(classes, classes)
         correct, totals = confusion.diagonal().tolist(), confusion.sum(axis=1).tolist()
         per_class = [right / total if total else None for right, total in zip(correct, totals, strict=True)]
@@ -61,14 +62,14 @@ class Predictions:
             "correct": sum(correct),
             "confidence_interval_95": wilson_interval(sum(correct), images),
             "loss": float(-self.log_probabilities[np.arange(images), self.labels].mean()),
-            "per_class_accuracy": dict(zip(CLASS_NAMES, per_class, strict=True)),
+            "per_class_accuracy": dict(zip(self.class_names, per_class, strict=True)),
             "confusion_matrix": confusion.tolist(),
         }
 
 
-def check_outputs(source: str | Path, outputs: np.ndarray, images: int) -> None:
+def check_outputs(source: str | Path, outputs: np.ndarray, dataset: Dataset) -> None:
     """Raise ValueError, which names `source`, unless the outputs are finite, one per image and class."""
-    expected = (images, len(CLASS_NAMES))
+    expected = (len(dataset), len(dataset.class_names))
     if outputs.shape != expected:
         raise ValueError(f"{source}: the outputs have shape {outputs.shape}; expected {expected}")
     if not np.isfinite(outputs).all():

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.cifar10 import CLASS_NAMES, Dataset
+from data.cifar10 import Dataset
 from models.common.cli import format_table, printable
 from models.common.files import check_writable, read_regular, sha256_of, write_files
 from models.evaluation.metrics import Comparison, Predictions, compare, difference_text, p_text
@@ -79,7 +79,7 @@ class Evaluation:
             )
         parts.append(format_table([row[:1] + row[6:] for row in rows]))
         if self.per_class or not self.compared:
-            classes = [["accuracy, %", *CLASS_NAMES], *map(class_row, self.shown)]
+            classes = [["accuracy, %", *self.dataset.class_names], *map(class_row, self.shown)]
             parts.append(format_table(classes, gap=1))
         return "\n\n".join([*parts, "\n".join(map(describe, self.shown))]) + "\n"
 
@@ -136,9 +136,9 @@ def describe(each: Predictions) -> str:
 def confusion_text(each: Predictions) -> str:
     """Return the confusion matrix, one row per true class."""
     counts = [[f"{count:,}" for count in row] for row in each.metrics["confusion_matrix"]]
-    rows = [[name, *row] for name, row in zip(CLASS_NAMES, counts, strict=True)]
+    rows = [[name, *row] for name, row in zip(each.class_names, counts, strict=True)]
     title = f"Confusion matrix of {each.name} (row: true class, column: predicted class)"
-    return f"{title}\n\n{format_table([['', *(name[:5] for name in CLASS_NAMES)], *rows])}\n"
+    return f"{title}\n\n{format_table([['', *(name[:5] for name in each.class_names)], *rows])}\n"
 
 
 def check_results(folder: Path) -> None:

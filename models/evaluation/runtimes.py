@@ -46,11 +46,14 @@ def measure_file(
         reason = f"damaged: its library fails on it ({error})" if error.crashed else error
         raise ValueError(f"{path}: {reason}") from None
     outputs = arrays["outputs"].reshape(len(arrays["outputs"]), -1)
-    check_outputs(path, outputs, len(dataset))
+    check_outputs(path, outputs, dataset)
     predicted, description = log_probabilities(outputs, answer.pop("step")), answer.pop("description")
     throughput = {"images_per_second": len(dataset) / answer["seconds"], "workers": 1, "device": "cpu"}
     throughput |= {"batch_norm_folded": None, **answer}
-    return Predictions(name, path, predicted, dataset.labels, normalization, throughput, description)
+    labels, names = dataset.labels, dataset.class_names
+    return Predictions(
+        name, path, predicted, labels, normalization, throughput, description, class_names=names
+    )
 
 
 def log_probabilities(outputs: np.ndarray, step: float = 0) -> np.ndarray:
