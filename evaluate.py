@@ -82,12 +82,14 @@ def evaluate(options: argparse.Namespace) -> int:
     fit = {"dtype": options.dtype, "key": options.key}
     first = load_checkpoint(files[0], dataset, notes, options.mean, options.std, **fit)
     ours, compared = predict(first, names[0]), []
-    origins, hashes = {names[0]: first.origin}, [first.sha256]
+    origins, hashes = {names[0]: first.origin}, [ours.sha256 or first.sha256]
     for path, name in zip(files[1:], names[1:], strict=True):
         other = load_checkpoint(path, dataset, notes, like=first, **fit)
         compared.append(predict(other, name))
         origins[name] = other.origin
-        hashes.append(other.sha256)
+        hashes.append(compared[-1].sha256 or other.sha256)
+    for note in (note for each in (ours, *compared) for note in each.notes):
+        notes.add(note)
     keras = None
     if not options.no_keras:
         keras = keras_baseline(first, options.keras, origins, dataset, options.keras_python, notes)
@@ -150,6 +152,7 @@ def load_checkpoint(
         checkpoint = checkpoint.with_normalization(mean, std)
     elif "mean" not in described or "std" not in described:
         missing = f"no mean and std in {json_name}" if checkpoint.metadata else f"no {json_name}"
+        checkpoint = replace(checkpoint, assumes_normalization=True)
         if like:
             checkpoint = replace(checkpoint, normalization=like.normalization)
             notes.add(f"{missing}: using {like.path.name}'s input normalization for {path.name}")
@@ -182,17 +185,19 @@ def score(
 ) -> Predictions:
     """Evaluate any network on a data set, and measure its speed.
 
-    `network` maps (N, C, H, W) float32 images to (N, classes) logits, a tensor or an array: quantized,
-    exported, compiled, or of another library. Its input is (pixel - mean) / std, for pixels 0-255; `mean` and
-    `std` are scalars or one value per channel. Default: the normalization read by `ResNet8.from_checkpoint`,
-    else pixels 0-255. `workers` is the number of threads. Warns if the accuracy is near chance, as with a
-    wrong normalization. Raises ValueError if `network` is in train mode, or if the logits have a wrong shape
-    or are not finite.
+    `network` maps (N, C, H, W) float32 images to (N, classes) logits or probabilities, a tensor or an array:
+    quantized, exported, compiled, or of another library. Its input is (pixel - mean) / std, for pixels 0-255;
+    `mean` and `std` are scalars or one value per channel. Default: the normalization read by
+    `ResNet8.from_checkpoint`, else pixels 0-255. `workers` is the number of threads. Warns if the accuracy is
+    near chance, as with a wrong normalization. Raises ValueError if `network` is in train mode, or if its
+    outputs depend on the rest of the batch, have a wrong shape or are not finite.
     """
     from models.evaluation.inference import measure
 
     known = getattr(network, "normalization", None) or Normalization.from_args(dataset.images.shape[1])
     predictions = measure(network, dataset, known.override(mean, std), name, batch_size, workers, path)
+    for note in predictions.notes:
+        warnings.warn(note, stacklevel=2)
     if predictions.is_near_chance:
         reason = f"the input normalization is probably wrong ({predictions.normalization})"
         warnings.warn(f"{name} is near chance: {reason}", stacklevel=2)

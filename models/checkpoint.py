@@ -50,6 +50,7 @@ class Checkpoint:
     normalization: Normalization
     metadata: dict  # the JSON beside the file; {} if none
     read_note: str = ""  # steps taken to read it; "" for a plain float32 state_dict
+    assumes_normalization: bool = False  # whether neither a JSON nor an option has the normalization
 
     @property
     def is_as_converted(self) -> bool:

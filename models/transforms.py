@@ -12,12 +12,21 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.resnet8 import ResNet8
 
 
+def layer_in_train_mode(network: nn.Module) -> str | None:
+    """Return the name of the first BatchNorm or Dropout in train mode, which would change the outputs."""
+    types = nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd
+    layers = ((name, each) for name, each in network.named_modules() if isinstance(each, types))
+    return next((name or "it" for name, each in layers if each.training and getattr(each, "p", 1)), None)
+
+
 def layer_activations(model: ResNet8, images: torch.Tensor) -> dict[str, np.ndarray]:
     """Capture intermediate activations with forward hooks.
 
     Returns every layer's output for (N, C, H, W) normalized `images`, by the names of GRAPH
-    (`models/graph.py`), channels last as in Keras, in the dtype of `images`.
+    (`models/graph.py`), channels last as in Keras, in the dtype of `images`. Raises ValueError in train mode.
     """
+    if layer := layer_in_train_mode(model):
+        raise ValueError(f"{layer} is in train mode; call model.eval() first")
     activations: dict[str, np.ndarray] = {}
 
     def store(name: str, value: torch.Tensor) -> None:

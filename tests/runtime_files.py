@@ -12,7 +12,8 @@ import torch
 WEIGHT_STEP = 1e-5
 IMAGE = (3, 32, 32)
 LOGIT_STEP, LOGIT_ZERO = 0.25, 3  # of quantized outputs
-PROBABILITY_STEP = 1 / 256
+PROBABILITY_STEP = 1 / 256  # of LiteRT
+CALIBRATED_STEP = 1 / 255  # of the other libraries, which derive it from the largest probability
 
 
 def integers(classes=10):
@@ -25,8 +26,18 @@ def logits_of(images):
     return np.einsum("nchw,kchw->nk", images.astype(np.float64), integers() * WEIGHT_STEP)
 
 
-def write_tflite(path, dtype="float32", batch=-1, softmax=False, classes=10, image=(32, 32, 3), inputs=1):
-    """Write a FULLY_CONNECTED of pixels, channels last; int8 and uint8 inputs have scale 1."""
+def write_tflite(
+    path,
+    dtype="float32",
+    batch=-1,
+    softmax=False,
+    classes=10,
+    image=(32, 32, 3),
+    inputs=1,
+    scale=1.0,
+    float_outputs=False,
+):
+    """Write a FULLY_CONNECTED of pixels, channels last; int8 and uint8 inputs of pixel * `scale`."""
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
@@ -64,14 +75,15 @@ def write_tflite(path, dtype="float32", batch=-1, softmax=False, classes=10, ima
     is_float = dtype == "float32"
     inner = kinds.FLOAT32 if is_float else kinds.INT8
     outer = {"float32": kinds.FLOAT32, "int8": kinds.INT8, "uint8": kinds.UINT8}[dtype]
-    steps = {"float32": (), "int8": (1.0, -128), "uint8": (1.0, 0)}[dtype]
+    steps = {"float32": (), "int8": (scale, -128), "uint8": (scale, 0)}[dtype]
     pixels = [tensor(f"pixels{n}", [batch, *image], outer, steps) for n in range(inputs)]
     images = pixels[0]
     if dtype == "uint8":
-        images = operator(ops.QUANTIZE, [images], tensor("int8", [batch, *image], inner, (1.0, -128)))
+        images = operator(ops.QUANTIZE, [images], tensor("int8", [batch, *image], inner, (scale, -128)))
     rows = integers(classes).transpose(0, 2, 3, 1).reshape(classes, -1)[:, : int(np.prod(image))]
     weights = (rows * np.float32(WEIGHT_STEP)).astype(np.float32) if is_float else rows
-    filters = tensor("weights", list(rows.shape), inner, () if is_float else (WEIGHT_STEP, 0), weights)
+    steps = () if is_float else (WEIGHT_STEP / scale, 0)
+    filters = tensor("weights", list(rows.shape), inner, steps, weights)
     outputs = tensor("logits", [batch, classes], inner, () if is_float else (LOGIT_STEP, LOGIT_ZERO))
     kind = schema.BuiltinOptions.FullyConnectedOptions
     operator(ops.FULLY_CONNECTED, [images, filters, -1], outputs, schema.FullyConnectedOptionsT(), kind)
@@ -81,6 +93,8 @@ def write_tflite(path, dtype="float32", batch=-1, softmax=False, classes=10, ima
         options.beta = 1.0
         outputs = tensor("probabilities", [batch, classes], inner, steps)
         operator(ops.SOFTMAX, [logits], outputs, options, schema.BuiltinOptions.SoftmaxOptions)
+    if float_outputs:
+        outputs = operator(ops.DEQUANTIZE, [outputs], tensor("floats", [batch, classes], kinds.FLOAT32))
     graph.inputs, graph.outputs = pixels, [outputs]
     builder = flatbuffers.Builder(0)
     builder.Finish(model.Pack(builder), b"TFL3")
@@ -105,7 +119,8 @@ def write_onnx(
     values = {"weights": (weights.reshape(classes, -1).T * WEIGHT_STEP).astype(inner)}
     zero = np.int8(-128) if dtype == "int8" else np.uint8(0)
     values |= {"one": np.float32(1), "zero": zero}
-    values |= {"step": np.float32(LOGIT_STEP), "logit_zero": np.int8(LOGIT_ZERO)}
+    step, output_zero = (CALIBRATED_STEP, np.uint8(0)) if softmax else (LOGIT_STEP, np.int8(LOGIT_ZERO))
+    values |= {"step": np.float32(step), "output_zero": output_zero}
     nodes = []
 
     def node(operator, *inputs, **options):
@@ -121,9 +136,9 @@ def write_onnx(
     name = node("MatMul", node("Flatten", name, domain=domain), "weights")
     name = node("Softmax", name) if softmax else name
     if quantized:
-        name = node("QuantizeLinear", name, "step", "logit_zero")
-        name = name if is_integer else node("DequantizeLinear", name, "step", "logit_zero")
-    kinds = [np.dtype(dtype), np.dtype("int8" if quantized and is_integer else inner)]
+        name = node("QuantizeLinear", name, "step", "output_zero")
+        name = name if is_integer else node("DequantizeLinear", name, "step", "output_zero")
+    kinds = [np.dtype(dtype), output_zero.dtype if quantized and is_integer else np.dtype(inner)]
     kinds = list(map(helper.np_dtype_to_tensor_dtype, kinds))
     graph = helper.make_graph(
         nodes,
@@ -138,21 +153,26 @@ def write_onnx(
 
 
 class Linear(torch.nn.Module):
-    """The network in PyTorch; `quantized` rounds the pixels with torchao's operators."""
+    """The network in PyTorch; `quantized` rounds pixels and probabilities with torchao's operators."""
 
-    def __init__(self, classes=10, softmax=False, quantized=False):
+    def __init__(self, classes=10, softmax=False, quantized=False, float_outputs=True):
         super().__init__()
         weights = integers(classes).reshape(classes, -1) * WEIGHT_STEP
         self.weight, self.softmax = torch.nn.Parameter(torch.from_numpy(weights).float()), softmax
-        self.quantized = quantized
+        self.quantized, self.float_outputs = quantized, float_outputs
 
     def forward(self, images):
-        if self.quantized:
-            steps = (1.0, 0, 0, 255, torch.uint8)
-            images = torch.ops.quantized_decomposed.quantize_per_tensor(images, *steps)
-            images = torch.ops.quantized_decomposed.dequantize_per_tensor(images, *steps)
-        logits = torch.nn.functional.linear(images.flatten(1), self.weight)
-        return logits.softmax(1) if self.softmax else logits
+        images = self.rounded(images, 1.0) if self.quantized else images
+        outputs = torch.nn.functional.linear(images.flatten(1), self.weight)
+        outputs = outputs.softmax(1) if self.softmax else outputs
+        if self.quantized and self.softmax:
+            outputs = self.rounded(outputs, CALIBRATED_STEP, self.float_outputs)
+        return outputs
+
+    def rounded(self, values, step, dequantized=True):
+        operators, steps = torch.ops.quantized_decomposed, (step, 0, 0, 255, torch.uint8)
+        values = operators.quantize_per_tensor(values, *steps)
+        return operators.dequantize_per_tensor(values, *steps) if dequantized else values
 
 
 def write_exported(path, network=None, batch=None, image=IMAGE, **options):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
 
 from data.cifar10 import Dataset
 from evaluate import compare, score
 from models.resnet8 import ResNet8
-from models.transforms import fold_batch_norm
+from models.transforms import fold_batch_norm, layer_activations
 from tests.evaluating import random_model, save, scaling
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # random weights are near chance
@@ -42,12 +44,18 @@ def test_a_network_has_the_normalization_of_its_json(tmp_path, dataset):
 
 @pytest.mark.parametrize(("correct", "warns"), [(49, True), (50, False)])
 def test_near_chance_warns(dataset, correct, warns):
-    wrong = (dataset.labels + 1) % 10
-    classes = torch.from_numpy(np.where(np.arange(250) < correct, dataset.labels, wrong))
-    outputs = iter(F.one_hot(classes, 10).float().split(100))
+    classes = np.where(np.arange(250) < correct, dataset.labels, (dataset.labels + 1) % 10)
+    images = np.zeros_like(dataset.images)
+    images[:, 0, 0, 0] = classes
+    images = replace(dataset, images=images)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        score(lambda batch: next(outputs), dataset, name="odd", std=255)
+        score(
+            lambda batch: 255 * (batch[:, 0, 0, :1] - torch.arange(10) / 255).abs().neg(),
+            images,
+            name="odd",
+            std=255,
+        )
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == warns and all("odd" in each and "255" in each for each in messages)
 
@@ -80,8 +88,8 @@ def test_batches_are_contiguous_float32_and_have_every_image_once(dataset):
         return F.one_hot(torch.arange(len(batch)) % 10, 10).float()
 
     predictions = score(network, dataset, batch_size=75)
-    assert [len(batch) for batch in batches] == [75, 75, 75, 25]
-    assert torch.equal(torch.cat(batches), torch.from_numpy(dataset.images).float())  # pixels, in order
+    assert [len(batch) for batch in batches] == [75, 75, 75, 25, 75, 75]  # the last are compared
+    assert torch.equal(torch.cat(batches[:4]), torch.from_numpy(dataset.images).float())  # pixels, in order
     assert (predictions.classes == np.concatenate([np.arange(n) % 10 for n in (75, 75, 75, 25)])).all()
 
 
@@ -103,9 +111,44 @@ def test_a_network_in_train_mode_is_refused_and_unchanged(dataset):
     """BatchNorm would use each batch's statistics, and update its own."""
     model = random_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"tuned: .*eval\(\)"):
+    with pytest.raises(ValueError, match=r"tuned: bn1 .*eval\(\)"):
         score(model, dataset, name="tuned")
+    with pytest.raises(ValueError, match=r"bn1 .*eval\(\)"):
+        layer_activations(model, torch.zeros(2, 3, 32, 32))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def head(*layers):
+    """Return a random network with further layers after its logits."""
+    return nn.Sequential(random_model(), *layers).eval()
+
+
+MODEL, TRAINING = head(), head(nn.BatchNorm1d(10))
+TRAINING[1].train()
+DEPENDENT = {  # network, a word of the message
+    "BatchNorm1d": (TRAINING, r"1 .*eval\(\)"),
+    "Dropout": (nn.Sequential(random_model(), nn.Dropout(0.1)), r"1 .*eval\(\)"),
+    "function in train mode": (lambda batch: TRAINING(batch), "batch"),
+    "no running statistics": (head(nn.BatchNorm1d(10, track_running_stats=False)), "batch"),
+    "mean of the batch": (lambda batch: MODEL(batch - batch.mean(0)), "batch"),
+    "random": (lambda batch: MODEL(batch) + torch.rand(len(batch), 10), "run"),
+    "dynamic quantization": (lambda batch: quantize_dynamic(MODEL, {nn.Linear})(batch), "batch"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.ao
+@pytest.mark.parametrize("kind", DEPENDENT)
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_outputs_that_depend_on_the_batch_are_refused(dataset, kind, batch_size):
+    network, words = DEPENDENT[kind]
+    with pytest.raises(ValueError, match=f"odd: .*{words}"):
+        score(network, dataset, **NORMALIZATION, name="odd", batch_size=batch_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_no_dependence_on_the_batch(dataset, dtype):
+    network = head(nn.Dropout(0.1), nn.Softmax(1)).to(dtype)
+    assert score(network, dataset, **NORMALIZATION, batch_size=64).outputs == "probabilities"
 
 
 def test_a_normalization_has_one_value_or_one_per_channel(dataset):

@@ -17,11 +17,11 @@ from data.cifar10 import Dataset
 from models.checkpoint import Checkpoint
 from models.common.files import Format, detect_format
 from models.evaluation.fused import FusedResNet8, fuse
-from models.evaluation.metrics import Predictions, check_outputs, log_softmax
+from models.evaluation.metrics import BATCH_EFFECT, Predictions, check_outputs, depends_on_batch, read_outputs
 from models.evaluation.runtimes import CORES, measure_file
 from models.normalization import Normalization
 from models.resnet8 import ResNet8
-from models.transforms import layer_activations
+from models.transforms import layer_activations, layer_in_train_mode
 
 
 def choose_device(name: str = "auto", dtype: str = "float32") -> torch.device:
@@ -158,25 +158,39 @@ def measure(
 ) -> Predictions:
     """Return the predictions of a network, as `predict` takes it, for a data set, and the time.
 
-    `path` is its file, if any. Raises ValueError if the network is in train mode, or for outputs of a wrong
-    shape, NaN or infinite.
+    `path` is its file, if any. Raises ValueError if the network is in train mode, if the outputs of an image
+    depend on the rest of its batch, or for outputs of a wrong shape, NaN or infinite.
     """
-    modules = network.modules() if isinstance(network, nn.Module) else ()
-    if any(isinstance(module, nn.BatchNorm2d) and module.training for module in modules):
-        raise ValueError(f"{path or name}: is in train mode; call network.eval() first")
+    if isinstance(network, nn.Module) and (layer := layer_in_train_mode(network)):
+        raise ValueError(f"{path or name}: {layer} is in train mode; call network.eval() first")
     start = time.perf_counter()
     logits = predict(network, dataset.images, normalization, batch_size, workers, name)
     seconds = time.perf_counter() - start
     check_outputs(path or name, logits, dataset)
+    first = dataset.images[:batch_size]
+    settings = normalization, batch_size, workers, name
+    if depends_on_batch(first, logits[:batch_size], lambda images: predict(network, images, *settings)):
+        is_training = isinstance(network, nn.Module) and network.training
+        advice = "; it is in train mode: call network.eval() first" if is_training else ""
+        raise ValueError(f"{path or name}: {BATCH_EFFECT}{advice}")
     throughput = {
         "seconds": seconds,
         "images_per_second": len(logits) / seconds,
         "batch_size": batch_size,
         "workers": workers,
     }
-    labels, names = dataset.labels, dataset.class_names
-    predicted = log_softmax(logits)
-    return Predictions(name, path, predicted, labels, normalization, throughput, class_names=names)
+    predicted, kind, step = read_outputs(logits)
+    return Predictions(
+        name,
+        path,
+        predicted,
+        dataset.labels,
+        normalization,
+        throughput,
+        class_names=dataset.class_names,
+        outputs=kind,
+        step=step,
+    )
 
 
 def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Predictions]:
@@ -191,7 +205,8 @@ def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Pr
     def predict_checkpoint(checkpoint: Checkpoint, name: str) -> Predictions:
         normalization, path, model = checkpoint.normalization, checkpoint.path, checkpoint.model
         if model is None:
-            return measure_file(path, dataset, normalization, name, options.allow_code)
+            is_assumed = checkpoint.assumes_normalization
+            return measure_file(path, dataset, normalization, name, options.allow_code, is_assumed)
         fused = None
         if (device.type, options.dtype) == ("cpu", "float32"):
             fused = fuse(model, torch.from_numpy(normalization(dataset.images[:batch_size])).float())

@@ -1,6 +1,7 @@
 """Predictions of one model, their metrics, and comparisons of models."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,13 @@ import numpy as np
 
 from data.cifar10 import CLASS_NAMES, Dataset
 from models.normalization import Normalization
+
+# Usual steps of probabilities: LiteRT's int8 softmax (ai.google.dev/edge/litert/models/quantization_spec) and
+# ONNX Runtime's QLinearSoftmax, LiteRT's int16 softmax, and float16's smallest number.
+STEPS = (2**-8, 2**-15, 2**-24)
+BATCH_EFFECT = "outputs change with the other images of a batch, or from run to run; expected eval mode"
+TINY = float(np.finfo(np.float32).tiny)  # float32's smallest normal number
+MAX_BATCH_EFFECT = 1e-4  # of the largest output; the same shapes are rounded alike, but on some GPUs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,6 +33,11 @@ class Predictions:
     sparsity: float | None = None  # fraction of weights that are 0; None if unknown
     network: dict | None = None  # as returned by `inference.network_size`; None if unknown
     class_names: tuple[str, ...] = CLASS_NAMES
+    outputs: str = "logits"  # how the network's outputs were read, as `read_outputs` returns it
+    step: float = 0.0  # of "probabilities": in `log_probabilities`, and the loss, 0 is half a step
+    is_clipped: bool = False  # whether quantized inputs have at most two values
+    external_data: tuple[Path, ...] = ()  # further files of an ONNX model
+    sha256: str | None = None  # of the file followed by its external data; None without any
 
     def __repr__(self) -> str:
         accuracy, images = self.metrics["accuracy"], len(self.labels)
@@ -40,10 +53,28 @@ class Predictions:
         """Whether the accuracy is below twice the accuracy of guessing; of few classes, below 60 %."""
         return self.metrics["accuracy"] < min(2 / len(self.class_names), 0.6)
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the model's file and its external data."""
+        return sum(path.stat().st_size for path in (self.path, *self.external_data))
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes on inputs and outputs that give wrong numbers."""
+        notes = []
+        if self.is_clipped:
+            reason = f"all pixels are clipped or rounded to two values ({self.normalization})"
+            notes.append(f"{self.name}: in its quantized input {reason}; see --mean and --std")
+        if self.outputs == "sigmoid":
+            reason = "outputs from 0 to 1 that do not sum to 1, as of a sigmoid"
+            notes.append(f"{self.name}: {reason}; its loss and probabilities are those of a softmax of them")
+        return notes
+
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """Probabilities, (N, classes) float64."""
-        return np.exp(self.log_probabilities)
+        """Probabilities, (N, classes) float64, 0 where the network's are."""
+        probabilities = np.exp(self.log_probabilities)
+        return np.where(probabilities < 0.75 * self.step, 0, probabilities)
 
     @cached_property
     def metrics(self) -> dict:
@@ -82,6 +113,40 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
+def read_outputs(outputs: np.ndarray, step: float = 0.0) -> tuple[np.ndarray, str, float]:
+    """Return the log-probabilities of (N, classes) outputs, float64, the kind of outputs, and their step.
+
+    Outputs from 0 to 1 are "probabilities" if the sums of most rows are 1 to 8 bits, else of a "sigmoid",
+    which is read like "logits". Probabilities are multiples of `step`, by default the largest of STEPS that
+    fits. One of 0 counts as half a step: its logarithm, and with it the loss, would be infinite.
+    """
+    if outputs.min() < 0 or outputs.max() > 1 + 1e-3:  # float16's rounding
+        return log_softmax(outputs), "logits", 0.0
+    step = step or next((each for each in STEPS if not (outputs % each).any()), 2 * TINY)
+    error = np.median(np.abs(outputs.sum(axis=1, dtype=np.float64) - 1))
+    if error > np.clip(outputs.shape[1] * max(step, 2**-8) / 2, 0.01, 0.5):
+        return log_softmax(outputs), "sigmoid", 0.0
+    return np.log(np.maximum(outputs.astype(np.float64), step / 2)), "probabilities", step
+
+
+def depends_on_batch(
+    images: np.ndarray, outputs: np.ndarray, run: Callable[[np.ndarray], np.ndarray]
+) -> bool:
+    """Whether the outputs of an image change with the other images of its batch, or from run to run.
+
+    `images` are the (N, C, H, W) uint8 images of a batch, `outputs` theirs, and `run` returns the outputs of
+    others: one image stays, the others are inverted. Two images stay in turn, those with the least outputs:
+    one of them may have the batch's range, on which dynamic quantization depends.
+    """
+    largest = np.abs(outputs).reshape(len(outputs), -1).max(axis=1)
+    for row in largest.argsort()[:2]:
+        others = 255 - images
+        others[row] = images[row]
+        if np.abs(run(others)[row] - outputs[row]).max() > MAX_BATCH_EFFECT * largest.max():
+            return True
+    return False
+
+
 class Comparison(dict):
     """Comparison of two models: a dict, as in the JSON, that prints as a sentence."""
 
@@ -113,8 +178,11 @@ def difference_text(difference: float) -> str:
 def compare(first: Predictions, second: Predictions) -> Comparison:
     """Return the comparison of two models on the same images; differences are second minus first.
 
-    Fractions are of 1; the mean difference is over all images and classes.
+    Fractions are of 1; the mean difference is over all images and classes. Raises ValueError if the labels
+    differ: then the images do, too.
     """
+    if not np.array_equal(first.labels, second.labels):
+        raise ValueError(f"{second.name} and {first.name} were evaluated on different images")
     first_right, second_right = (each.classes == each.labels for each in (first, second))
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())

@@ -107,7 +107,7 @@ def row_of(each: Predictions, pair: Comparison | None) -> list[str]:
         "-".join(map(percent, each.metrics["confidence_interval_95"])),
         *compared,
         f"{each.metrics['loss']:.4f}",
-        f"{each.path.stat().st_size / 1000:.0f}",
+        f"{each.file_bytes / 1000:.0f}",
         f"{each.throughput['images_per_second']:,.0f}" if each.throughput else "",
         each.format or "state_dict",
     ]
@@ -230,7 +230,8 @@ def file_json(each: Predictions, sha256: str) -> dict:
         "input": asdict(each.normalization),
         "throughput": each.throughput,
         "format": each.format,
-        "file_bytes": each.path.stat().st_size,
+        "file_bytes": each.file_bytes,
+        "outputs": each.outputs,
         "sparsity": each.sparsity,
         "network": each.network,
     }

@@ -7,10 +7,11 @@ Runtime run their built-in operators only; `torch.export.load` can run code from
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -20,25 +21,41 @@ from data.cifar10 import Dataset
 from models.common.cli import one_line
 from models.common.files import Format, detect_format, read_regular
 from models.common.job import Job, JobError, Message, limit_resources, serve
-from models.evaluation.metrics import Predictions, check_outputs, log_softmax
+from models.evaluation.metrics import (
+    BATCH_EFFECT,
+    Predictions,
+    check_outputs,
+    depends_on_batch,
+    read_outputs,
+)
 from models.normalization import Normalization
 
 SECONDS = 600  # for all images, imports included
 MEMORY = 4 * 2**30  # bytes of address space, in addition to the library's own
 BATCH_SIZE = 64  # if the file accepts any
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-MAX_FLOAT_ERROR = 0.01  # of the sum of 10 probabilities, in float16 too
+BYTES = {"uint8": 0, "int8": -128}  # dtype -> what a pixel of 0 is stored as
+LAST_OPERATOR = "expected floats, with DequantizeLinear as the last operator"
+MOVES = ("Identity", "Reshape", "Squeeze", "Transpose")  # ONNX operators that keep all values
 
 
 def measure_file(
-    path: Path, dataset: Dataset, normalization: Normalization, name: str, allow_code: bool
+    path: Path,
+    dataset: Dataset,
+    normalization: Normalization,
+    name: str,
+    allow_code: bool,
+    is_assumed: bool = False,
 ) -> Predictions:
-    """Return the predictions of the network in a file. Raises ValueError with one line."""
+    """Return the predictions of the network in a file. Raises ValueError with one line.
+
+    8-bit inputs take the pixels' bytes (int8: minus 128) if the normalization `is_assumed`.
+    """
     file_format = detect_format(path)
     if file_format is Format.EXPORTED and not allow_code:
         raise ValueError(f"{path}: can run code when loaded; if you trust its author, add --allow-code")
     request = {"path": str(path.absolute()), "format": file_format.name}
-    request["normalization"] = asdict(normalization)
+    request |= {"normalization": asdict(normalization), "is_assumed": is_assumed}
     try:
         job = Job("models.evaluation.runtimes")
         answer, arrays = job.run(request, {"images": dataset.images}, SECONDS)
@@ -47,26 +64,29 @@ def measure_file(
         raise ValueError(f"{path}: {reason}") from None
     outputs = arrays["outputs"].reshape(len(arrays["outputs"]), -1)
     check_outputs(path, outputs, dataset)
-    predicted, description = log_probabilities(outputs, answer.pop("step")), answer.pop("description")
+    if not answer["step"] and np.abs(outputs).max() > 1 and not (outputs % 1).any():
+        raise ValueError(f"{path}: all outputs are integers, of an unknown scale; {LAST_OPERATOR}")
+    predicted, kind, step = read_outputs(outputs, answer.pop("step"))
     throughput = {"images_per_second": len(dataset) / answer["seconds"], "workers": 1, "device": "cpu"}
-    throughput |= {"batch_norm_folded": None, **answer}
-    labels, names = dataset.labels, dataset.class_names
+    throughput |= {"batch_norm_folded": None}
+    throughput |= {key: answer[key] for key in ("seconds", "batch_size", "dtype")}
+    external = tuple(path.parent / each for each in answer["external_data"])
+    content = b"".join(map(read_regular, (path, *external))) if external else None
     return Predictions(
-        name, path, predicted, labels, normalization, throughput, description, class_names=names
+        name,
+        path,
+        predicted,
+        dataset.labels,
+        Normalization(**answer["normalization"]),
+        throughput,
+        answer["description"],
+        class_names=dataset.class_names,
+        outputs=kind,
+        step=step,
+        is_clipped=answer["is_clipped"],
+        external_data=external,
+        sha256=hashlib.sha256(content).hexdigest() if external else None,
     )
-
-
-def log_probabilities(outputs: np.ndarray, step: float = 0) -> np.ndarray:
-    """Return the float64 log-probabilities of (N, classes) probabilities or logits.
-
-    Outputs from 0 to 1 that sum to 1, up to their quantization in multiples of `step`, are probabilities. One
-    that is quantized to 0 counts as half a step (without steps, as float32's smallest normal number): its
-    logarithm, and with it the loss, would be infinite.
-    """
-    error = np.abs(outputs.sum(axis=1) - 1).max()
-    if outputs.min() < 0 or outputs.max() > 1 or error > max(MAX_FLOAT_ERROR, outputs.shape[1] * step / 2):
-        return log_softmax(outputs)
-    return np.log(np.maximum(outputs, step / 2 or np.finfo(np.float32).tiny))
 
 
 # --- In the job -------------------------------------------------------------------------------------------
@@ -74,16 +94,24 @@ def log_probabilities(outputs: np.ndarray, step: float = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output. Its real values are (stored - zero_point) * scale, or the stored ones."""
+    """An input or output. The real values of integers are (stored - zero_point) * scale.
+
+    Floats that were dequantized inside the file have the scale of that; an integer output has a scale, too.
+    """
 
     shape: list[int | None]  # the batch first; None accepts any size
     dtype: str  # numpy's name
     scale: float | None = None
     zero_point: int = 0
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is stored as integers."""
+        return "int" in self.dtype
+
     def quantize(self, real: np.ndarray) -> np.ndarray:
         """Return real values in the tensor's dtype."""
-        if np.dtype(self.dtype).kind not in "iu":
+        if not self.is_integer:
             return real.astype(self.dtype)
         limits = np.iinfo(self.dtype)
         steps = np.rint(real.astype(np.float64) / (self.scale or 1)) + self.zero_point
@@ -91,7 +119,11 @@ class Tensor:
 
     def dequantize(self, stored: np.ndarray) -> np.ndarray:
         """Return the real values, float64."""
-        return (stored.astype(np.float64) - self.zero_point) * (self.scale or 1)
+        if not self.is_integer:
+            return stored.astype(np.float64)
+        if self.scale is None:
+            raise JobError(f"has {self.dtype} outputs of an unknown scale; {LAST_OPERATOR}")
+        return (stored.astype(np.float64) - self.zero_point) * self.scale
 
 
 @dataclass(frozen=True)
@@ -102,6 +134,7 @@ class Network:
     input: Tensor
     output: Tensor
     run: Callable[[np.ndarray], np.ndarray]
+    external_data: tuple[str, ...] = ()  # further files, relative to the file's folder
 
 
 def open_tflite(path: Path) -> Network:
@@ -139,42 +172,59 @@ def open_onnx(path: Path) -> Network:
     session = onnxruntime.InferenceSession(path, session_options, providers=["CPUExecutionProvider"])
     ends = only(session.get_inputs()), only(session.get_outputs())
     dtypes = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
-    tensors = []
-    for each, operator in zip(ends, ("DequantizeLinear", "QuantizeLinear"), strict=True):
-        dtype = dtypes.get(each.type, each.type.removeprefix("tensor(").removesuffix(")"))
-        steps = onnx_quantization(path, each.name, operator) if np.dtype(dtype).kind in "iu" else ()
-        shape = [size if isinstance(size, int) and size > 0 else None for size in each.shape]
-        tensors.append(Tensor(shape, dtype, *steps))
     content = read_regular(path)
     is_int8 = any(operator in content for operator in (b"DequantizeLinear", b"QLinearConv", b"ConvInteger"))
+    tensors = []
+    for each in ends:
+        dtype = dtypes.get(each.type, each.type.removeprefix("tensor(").removesuffix(")"))
+        shape = [size if isinstance(size, int) and size > 0 else None for size in each.shape]
+        quantization = onnx_quantization(path, each.name, "int" in dtype) if is_int8 else ()
+        tensors.append(Tensor(shape, dtype, *quantization))
     input_name, output_names = ends[0].name, [ends[1].name]
     return Network(
         f"ONNX{', int8' if is_int8 else ''}",
         *tensors,
         lambda batch: session.run(output_names, {input_name: batch})[0],
+        onnx_external_data(path) if b"location" in content else (),
     )
 
 
-def onnx_quantization(path: Path, name: str, operator: str) -> tuple[float, int] | tuple[()]:
-    """Return scale and zero point of an input or output, from the `operator` that (de)quantizes it.
+def onnx_quantization(path: Path, name: str, is_integer: bool) -> tuple[float, int] | tuple[()]:
+    """Return scale and zero point of an input or output from the operators that (de)quantize it.
 
-    Operators that only move values may be between them. Returns () for plain integers, such as pixels.
+    Operators that only move values may be between them. Returns () unless all readers have the same scale.
     """
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
-    values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer if len(each.dims) < 2}
-    is_input = operator == "DequantizeLinear"
-    for _ in graph.node:
-        by_name = {(node.input if is_input else node.output)[0]: node for node in graph.node if node.input}
-        node = by_name.get(name)
-        if node is None or node.op_type not in (operator, "Transpose", "Reshape", "Identity", "Squeeze"):
-            return ()
-        if node.op_type == operator:
-            scale, *zero_point = (values[each] for each in node.input[1:3])
-            return scale.item(), int(zero_point[0].item()) if zero_point else 0
-        name = (node.output if is_input else node.input)[0]
-    return ()
+    graph = onnx.load(path).graph
+    tensors = {each.name: each for each in graph.initializer}
+    tensors |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    is_input = name in {each.name for each in graph.input}
+    operator = "QuantizeLinear" if is_integer and not is_input else "DequantizeLinear"
+    moves = MOVES if is_integer else (*MOVES, "Cast")
+    found, names = set(), [name]
+    for name in names:  # which grows
+        for node in graph.node:
+            if name not in (node.input if is_input else node.output) or node.op_type == "Shape":
+                continue
+            constants = [tensors.get(each) for each in node.input[1:3] if each]
+            if node.op_type == operator and None not in constants:
+                values = map(onnx.numpy_helper.to_array, constants)
+                found.add(tuple(each.item() for each in values if each.size == 1))
+            elif node.op_type in moves:
+                names.append((node.output if is_input else node.input)[0])
+            else:
+                found.add(())
+    return found.pop() if len(found) == 1 else ()
+
+
+def onnx_external_data(path: Path) -> tuple[str, ...]:
+    """Return the files with the weights of an ONNX file, relative to its folder."""
+    import onnx
+
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    entries = (entry for tensor in tensors for entry in tensor.external_data)
+    return tuple(sorted({entry.value for entry in entries if entry.key == "location"}))
 
 
 def open_exported(path: Path) -> Network:
@@ -184,9 +234,11 @@ def open_exported(path: Path) -> Network:
 
     program = torch.export.load(path)
     input_name = only(program.graph_signature.user_inputs)
-    only(program.graph_signature.user_outputs)
-    value = next(node.meta["val"] for node in program.graph.nodes if node.name == input_name)
-    shape = [size if isinstance(size, int) else None for size in value.shape]
+    output_name = only(program.graph_signature.user_outputs)
+    nodes = {node.name: node for node in program.graph.nodes}
+    values = [nodes[name].meta["val"] for name in (input_name, output_name)]
+    dtypes = [str(value.dtype).removeprefix("torch.") for value in values]
+    shape = [size if isinstance(size, int) else None for size in values[0].shape]
     module = program.module()
     torch.empty(31 * 2**20, dtype=torch.uint8)  # freed memory is kept from now on, as in `inference.predict`
 
@@ -194,8 +246,12 @@ def open_exported(path: Path) -> Network:
         with torch.inference_mode():
             return module(torch.from_numpy(batch)).float().numpy()
 
-    dtype = str(value.dtype).removeprefix("torch.")
-    return Network("torch.export", Tensor(shape, dtype), Tensor([], "float32"), run)
+    node = nodes[output_name]
+    while any(move in str(node.target) for move in ("aten.view", "aten.reshape", "aten.permute")):
+        node = node.args[0]
+    is_known = "quantize_per_tensor.default" in str(node.target)  # dequantize_per_tensor, too
+    quantization = node.args[1:3] if is_known else ()
+    return Network("torch.export", Tensor(shape, dtypes[0]), Tensor([], dtypes[1], *quantization), run)
 
 
 def only(ends: list) -> object:
@@ -221,7 +277,8 @@ def run_task(request: dict, arrays: dict[str, np.ndarray]) -> Message:
         import_module(library)
         limit_resources(MEMORY, SECONDS * CORES)
         network = opener(Path(request["path"]))
-        return run_network(network, arrays["images"], Normalization(**request["normalization"]))
+        normalization = Normalization(**request["normalization"])
+        return run_network(network, arrays["images"], normalization, request["is_assumed"])
     except JobError:
         raise
     except ImportError as error:
@@ -231,22 +288,36 @@ def run_task(request: dict, arrays: dict[str, np.ndarray]) -> Message:
         raise JobError(f"cannot be run: {one_line(error)}") from None
 
 
-def run_network(network: Network, images: np.ndarray, normalization: Normalization) -> Message:
+def run_network(
+    network: Network, images: np.ndarray, normalization: Normalization, is_assumed: bool
+) -> Message:
     """Return the dequantized outputs and the time; an image pads the last batch."""
     shape, layouts = network.input.shape, ((0, 1, 2, 3), (0, 2, 3, 1))  # NCHW, NHWC
     axes = next((axes for axes in layouts if fits(shape, [images.shape[axis] for axis in axes])), None)
     if axes is None:
         raise JobError(f"takes images of shape {shape[1:]}, CIFAR-10's are {list(images.shape[1:])}")
-    size, outputs = shape[0] or BATCH_SIZE, []
+    size, outputs, tensor = shape[0] or BATCH_SIZE, [], network.input
+    if tensor.dtype in BYTES and (is_assumed or (tensor.scale is None and normalization.is_identity)):
+        tensor = replace(tensor, scale=1, zero_point=BYTES[tensor.dtype])
+        normalization = Normalization.from_args(images.shape[1])
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        padded = np.concatenate([pixels, np.repeat(pixels[:1], size - len(pixels), axis=0)])
+        batch = tensor.quantize(normalization(padded).transpose(axes))
+        return network.output.dequantize(network.run(np.ascontiguousarray(batch)))[: len(pixels)]
+
     start = time.perf_counter()
     for index in range(0, len(images), size):
-        pixels = images[index : index + size]
-        padded = np.concatenate([pixels, np.repeat(pixels[:1], size - len(pixels), axis=0)])
-        batch = network.input.quantize(normalization(padded).transpose(axes))
-        outputs.append(network.run(np.ascontiguousarray(batch))[: len(pixels)])
-    computed = {"outputs": network.output.dequantize(np.concatenate(outputs))}
-    answer = {"seconds": time.perf_counter() - start, "batch_size": size, "dtype": network.input.dtype}
-    return {**answer, "description": network.description, "step": network.output.scale or 0}, computed
+        outputs.append(run(images[index : index + size]))
+    seconds = time.perf_counter() - start
+    if depends_on_batch(images[:size], outputs[0], run):
+        raise JobError(BATCH_EFFECT)
+    sample = tensor.quantize(normalization(images[:BATCH_SIZE]))
+    answer = {"seconds": seconds, "batch_size": size, "dtype": tensor.dtype}
+    answer |= {"description": network.description, "step": network.output.scale or 0.0}
+    answer |= {"is_clipped": tensor.is_integer and len(np.unique(sample)) < 3}
+    answer |= {"normalization": asdict(normalization), "external_data": network.external_data}
+    return answer, {"outputs": np.concatenate(outputs)}
 
 
 def fits(shape: list[int | None], images: list[int]) -> bool:

@@ -1,6 +1,7 @@
 """models/evaluation/metrics.py: metrics and comparisons, against independent results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from models.evaluation.metrics import (
     check_guards,
     compare,
     difference_text,
+    log_softmax,
     mcnemar_p,
     near_chance_notes,
     p_text,
+    read_outputs,
     short_names,
     wilson_interval,
 )
@@ -99,6 +102,45 @@ def test_compare_counts_images():
     assert pair["max_abs_probability_difference"] == pytest.approx(peak - rest)
     # three of the four images differ, each in two of its ten probabilities
     assert pair["mean_abs_probability_difference"] == pytest.approx((peak - rest) * 3 * 2 / (4 * 10))
+
+
+def test_models_of_different_images_are_not_compared():
+    for others in (predictions("b", 1, images=1), replace(predictions("b", 87), labels=np.arange(100) % 9)):
+        with pytest.raises(ValueError, match=r"b and a .*different images"):
+            compare(predictions("a", 87), others)
+
+
+LOGITS = np.random.default_rng(0).normal(size=(10_000, 10)) * 5
+PROBABILITIES = np.exp(log_softmax(LOGITS))
+
+
+@pytest.mark.parametrize("count", [1, 10, 200, 10_000])
+def test_probabilities_are_told_from_logits_by_all_outputs(count):
+    """By their range, and their sum to 8 bits; 0 counts as half a step in the loss, and 0 elsewhere."""
+    logits, expected = LOGITS[:count], PROBABILITIES[:count]
+    for outputs in (logits, np.log(expected), 1 / (1 + np.exp(-logits))):  # the last of a sigmoid
+        log_probabilities, kind, step = read_outputs(outputs)
+        assert (kind, step) == ("logits" if outputs.min() < 0 else "sigmoid", 0)
+        np.testing.assert_allclose(log_probabilities, log_softmax(outputs), atol=1e-12)
+    for step, given in ((2**-8, 0), (2**-15, 0), (1 / 127, 1 / 127)):  # of int8, of int16, in the file
+        outputs = np.floor(expected / step + 0.4) * step  # sums below 1
+        log_probabilities, *read = read_outputs(outputs, given)
+        assert read == ["probabilities", step]
+        np.testing.assert_allclose(np.exp(log_probabilities), outputs.clip(step / 2))
+    half, single = expected.astype(np.float16), expected.astype(np.float32)
+    for outputs, smallest in ((half, 2**-25), (single, np.finfo(np.float32).tiny)):
+        outputs[0, np.argmin(expected[0])] = 0
+        log_probabilities, kind, step = read_outputs(outputs)
+        assert kind == "probabilities" and log_probabilities.min() == pytest.approx(np.log(smallest))
+        model = replace(predictions("a", 0, images=count), log_probabilities=log_probabilities, step=step)
+        assert np.array_equal(model.probabilities == 0, outputs == 0)
+        np.testing.assert_allclose(model.probabilities, outputs.astype(np.float64))
+
+
+def test_a_sigmoid_is_noted():
+    assert not predictions("fine", 87).notes
+    (note,) = replace(predictions("a.onnx", 87), outputs="sigmoid").notes
+    assert "a.onnx" in note and "sigmoid" in note
 
 
 def test_a_comparison_is_a_dict_that_prints_as_a_sentence():

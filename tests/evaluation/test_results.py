@@ -149,7 +149,8 @@ def test_pairs_of_many_models_are_bounded(make):
 def test_keys_and_values_of_metrics_json(real):
     thin = save(random_model(width=4), real / "thin.pt", input=scaling(100.0, 32.0))
     stdout, metrics = evaluated("model.pt", "thin.pt", cwd=real)
-    file = set("checkpoint checkpoint_sha256 input throughput format file_bytes sparsity network".split())
+    file = "checkpoint checkpoint_sha256 input throughput format file_bytes outputs sparsity network"
+    file = set(file.split())
     measured = {"accuracy", "correct", "confidence_interval_95", "loss"}
     measured |= {"per_class_accuracy", "confusion_matrix"}
     whole = "dataset pytorch keras agreement compared pairs guards notes environment date".split()

@@ -1,5 +1,6 @@
 """models/evaluation/runtimes.py: other formats: inputs, quantization, damage, code."""
 
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,12 +22,14 @@ from models.common.files import detect_format
 from models.common.job import Job
 from models.evaluation import inference, runtimes
 from models.evaluation.metrics import log_softmax
-from models.evaluation.runtimes import log_probabilities, measure_file
+from models.evaluation.runtimes import measure_file
 from models.normalization import Normalization
 from tests.evaluating import NOT_A_PYTHON, SHARED, evaluated, random_model, refused, save, scaling
 from tests.runtime_files import (
+    CALIBRATED_STEP,
     LOGIT_STEP,
     PROBABILITY_STEP,
+    Linear,
     logits_of,
     write_exported,
     write_onnx,
@@ -92,27 +96,81 @@ def test_outputs_equal_numpy(tmp_path, dataset, in_process, case):
     assert predictions.throughput["batch_size"] == (options.get("batch") or 64)
 
 
-def test_quantized_probabilities_are_at_least_half_a_step(tmp_path, dataset, in_process):
-    path = write_tflite(tmp_path / "network", dtype="int8", softmax=True)
-    predictions = measure_file(path, dataset, PIXELS, "it", False)
-    expected = np.exp(log_softmax(logits_of(dataset.images)))
-    # a logit is rounded to LOGIT_STEP before the softmax: a probability changes by as much, relatively
-    assert np.abs(predictions.probabilities - expected).max() <= LOGIT_STEP / 2 + PROBABILITY_STEP
-    assert predictions.probabilities.min() == pytest.approx(PROBABILITY_STEP / 2)
-    assert (expected < PROBABILITY_STEP / 2).any()
+QUANTIZED = {  # function that writes a file with quantized probabilities, its options
+    "TFLite": (write_tflite, {"dtype": "int8"}),
+    "TFLite, float outputs": (write_tflite, {"dtype": "int8", "float_outputs": True}),
+    "ONNX": (write_onnx, {"dtype": "int8", "quantized": True}),
+    "ONNX, float outputs": (write_onnx, {"quantized": True}),
+    "pt2": (write_exported, {"quantized": True, "float_outputs": False}),
+    "pt2, float outputs": (write_exported, {"quantized": True}),
+}
 
 
-def test_probabilities_are_told_from_logits():
-    logits = np.random.default_rng(0).normal(size=(100, 10)) * 5
-    expected = log_softmax(logits)
-    for outputs in (logits, expected, np.exp(expected)):
-        np.testing.assert_allclose(log_probabilities(outputs), expected, atol=1e-12)
-    sigmoid = 1 / (1 + np.exp(-logits))  # from 0 to 1, but the sum is not 1
-    np.testing.assert_allclose(log_probabilities(sigmoid), log_softmax(sigmoid))
-    quantized = np.rint(np.exp(expected) * 256) / 256
-    assert np.abs(quantized.sum(1) - 1).max() > 0 and (quantized == 0).any()
-    np.testing.assert_allclose(np.exp(log_probabilities(quantized, 1 / 256)), quantized.clip(1 / 512))
-    assert log_probabilities(np.eye(10))[0, 1] == pytest.approx(np.log(np.finfo(np.float32).tiny))
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_quantized_probabilities_have_the_step_of_the_file(tmp_path, dataset, in_process, case):
+    """Also of few images. A probability of 0 counts as half a step in the loss alone."""
+    write, options = QUANTIZED[case]
+    path = write(tmp_path / "network.onnx", softmax=True, **options)
+    step = PROBABILITY_STEP if write is write_tflite else CALIBRATED_STEP
+    for count in (3, 150):
+        few = replace(dataset, images=dataset.images[:count], labels=dataset.labels[:count])
+        predictions = measure_file(path, few, PIXELS, "it", True)
+        expected = np.exp(log_softmax(logits_of(few.images)))
+        # a logit is rounded to LOGIT_STEP before the softmax: a probability changes by as much, relatively
+        assert np.abs(predictions.probabilities - expected).max() <= LOGIT_STEP / 2 + step
+        assert predictions.probabilities.min() == 0
+        assert np.exp(predictions.log_probabilities.min()) == pytest.approx(step / 2)
+        assert (predictions.outputs, predictions.step) == ("probabilities", pytest.approx(step))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_integer_inputs_take_the_bytes_if_the_normalization_is_assumed(tmp_path, dataset, in_process, dtype):
+    """Whatever their scale. A known normalization is quantized; if that clips all pixels, a note names it."""
+    path = write_tflite(tmp_path / "network.tflite", dtype=dtype, scale=1 / 255)
+    assumed = measure_file(path, dataset, Normalization.from_args(3, 5.0), "it", False, is_assumed=True)
+    known = measure_file(path, dataset, Normalization.from_args(3, std=255.0), "it", False)
+    assert assumed.normalization == PIXELS and not assumed.notes and not known.notes
+    for predictions in (assumed, known):
+        difference = predictions.log_probabilities - log_softmax(logits_of(dataset.images))
+        assert np.abs(difference).max() <= 2 * ROUNDED
+    (note,) = measure_file(path, dataset, PIXELS, "it", False).notes
+    assert note.startswith("it: ") and "--std" in note
+
+
+def cast_input(graph):
+    graph.node.insert(0, onnx.helper.make_node("Cast", ["pixels"], ["cast"], to=onnx.TensorProto.INT8))
+    graph.node[1].input[0] = "cast"
+
+
+def second_reader(graph):
+    graph.node.append(onnx.helper.make_node("DequantizeLinear", ["pixels", "step", "output_zero"], ["other"]))
+
+
+def cast_output(graph, dtype="int8"):
+    output = graph.output[0]
+    dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph.node.append(onnx.helper.make_node("Cast", [output.name], ["last"], to=dtype))
+    output.name, output.type.tensor_type.elem_type = "last", dtype
+
+
+def cast_output_to_float(graph):
+    cast_output(graph, "float32")
+
+
+@pytest.mark.parametrize("change", [cast_input, second_reader, cast_output, cast_output_to_float])
+def test_a_scale_that_is_not_certain_is_not_used(tmp_path, dataset, in_process, change):
+    """Inputs take the bytes; outputs are refused."""
+    path = write_onnx(tmp_path / "d.onnx", dtype="int8", quantized=True)
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+    if "output" in change.__name__:
+        with pytest.raises(ValueError, match=r"d\.onnx: .*DequantizeLinear"):
+            measure_file(path, dataset, PIXELS, "it", False)
+    else:
+        predictions = measure_file(path, dataset, PIXELS, "it", False)
+        expected = log_softmax(logits_of(dataset.images))
+        assert np.abs(predictions.log_probabilities - expected).max() <= 2 * ROUNDED
 
 
 def test_an_exported_resnet8_is_normalized_per_batch(tmp_path, dataset, in_process):
@@ -151,6 +209,8 @@ def test_files_of_every_format_in_one_call(tmp_path):
     assert pairs["d.onnx", "e.pt2"]["max_abs_probability_difference"] < 1e-4
     assert pairs["c", "d.onnx"]["max_abs_probability_difference"] < LOGIT_STEP
     assert any("d.onnx" in note and "a.pt" in note for note in metrics["notes"])  # its normalization
+    read = [metrics["outputs"], *(each["outputs"] for each in metrics["compared"])]
+    assert read == ["logits", "logits", "probabilities", "logits"]
 
 
 def test_the_first_file_may_be_of_another_format(tmp_path, in_process):
@@ -215,6 +275,14 @@ def constant(path):
     write_exported(path, Constant())
 
 
+class Centered(Linear):
+    """A network whose outputs depend on the mean of its batch."""
+
+    def forward(self, images):
+        return super().forward(images - images.mean(0))
+
+
+TRAINING = torch.nn.Sequential(torch.nn.BatchNorm2d(3), Linear()).train()
 REFUSED = {  # file -> function that writes it, and words of the message
     "cut.onnx": (lambda path: cut(write_onnx(path)), ""),
     "classes.tflite": (lambda path: write_tflite(path, classes=7), "7"),
@@ -224,6 +292,9 @@ REFUSED = {  # file -> function that writes it, and words of the message
     "shape.pt2": (lambda path: write_exported(path, torch.nn.Flatten(), image=(1, 28, 28)), "[1, 28, 28]"),
     "two.tflite": (lambda path: write_tflite(path, inputs=2), "2 inputs"),
     "custom.onnx": (lambda path: write_onnx(path, domain="evil"), "evil"),
+    "batch.pt2": (lambda path: write_exported(path, Centered()), "batch"),
+    "one batch.pt2": (lambda path: write_exported(path, Centered(), batch=7), "batch"),
+    "train.pt2": (lambda path: write_exported(path, TRAINING), "batch"),
 }
 
 
@@ -266,13 +337,15 @@ def test_an_exported_network_runs_code_only_if_allowed(tmp_path, dataset, in_pro
     assert mark.exists()  # so the option is needed
 
 
-def test_an_external_weight_of_another_folder_is_not_read(tmp_path, dataset, in_process):
-    import onnx
-
+def test_an_external_weight_counts_and_is_not_read_from_another_folder(tmp_path, dataset, in_process):
     (tmp_path / "sub").mkdir()
     path = write_onnx(tmp_path / "sub/d.onnx")
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="d.data", size_threshold=0)
-    measure_file(path, dataset, PIXELS, "it", False)  # beside it, as torch.onnx.export writes it
+    # beside it, as torch.onnx.export writes it
+    _, metrics = evaluated("sub/d.onnx", "--no-keras", cwd=tmp_path)
+    content = path.read_bytes() + (tmp_path / "sub/d.data").read_bytes()
+    assert metrics["checkpoint_sha256"] == hashlib.sha256(content).hexdigest()
+    assert metrics["file_bytes"] == len(content) > 4 * 3072 * 10
     shutil.move(tmp_path / "sub/d.data", tmp_path / "d.d")
     path.write_bytes(path.read_bytes().replace(b"d.data", b"../d.d"))
     with pytest.raises(ValueError, match=r"d\.onnx: .*External data path"):
