@@ -35,7 +35,7 @@ class Predictions:
     class_names: tuple[str, ...] = CLASS_NAMES
     outputs: str = "logits"  # how the network's outputs were read, as `read_outputs` returns it
     step: float = 0.0  # of "probabilities": in `log_probabilities`, and the loss, 0 is half a step
-    is_clipped: bool = False  # whether quantized inputs have at most two values
+    is_clipped: bool = False  # whether quantized inputs have few values
     external_data: tuple[Path, ...] = ()  # further files of an ONNX model
     sha256: str | None = None  # of the file followed by its external data; None without any
 
@@ -63,7 +63,7 @@ class Predictions:
         """Notes on inputs and outputs that give wrong numbers."""
         notes = []
         if self.is_clipped:
-            reason = f"all pixels are clipped or rounded to two values ({self.normalization})"
+            reason = f"all pixels are clipped or rounded to a few values ({self.normalization})"
             notes.append(f"{self.name}: in its quantized input {reason}; see --mean and --std")
         if self.outputs == "sigmoid":
             reason = "outputs from 0 to 1 that do not sum to 1, as of a sigmoid"

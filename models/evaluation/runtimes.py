@@ -36,7 +36,8 @@ BATCH_SIZE = 64  # if the file accepts any
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BYTES = {"uint8": 0, "int8": -128}  # dtype -> what a pixel of 0 is stored as
 LAST_OPERATOR = "expected floats, with DequantizeLinear as the last operator"
-MOVES = ("Identity", "Reshape", "Squeeze", "Transpose")  # ONNX operators that keep all values
+MOVES = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # of ONNX; values stay
+FEW_VALUES = 16  # of quantized inputs: images with more were clipped or rounded
 
 
 def measure_file(
@@ -64,7 +65,8 @@ def measure_file(
         raise ValueError(f"{path}: {reason}") from None
     outputs = arrays["outputs"].reshape(len(arrays["outputs"]), -1)
     check_outputs(path, outputs, dataset)
-    if not answer["step"] and np.abs(outputs).max() > 1 and not (outputs % 1).any():
+    is_float = file_format is not Format.ONNX or answer["step"] or (outputs % 1).any()
+    if not is_float and np.abs(outputs).max() > 1:
         raise ValueError(f"{path}: all outputs are integers, of an unknown scale; {LAST_OPERATOR}")
     predicted, kind, step = read_outputs(outputs, answer.pop("step"))
     throughput = {"images_per_second": len(dataset) / answer["seconds"], "workers": 1, "device": "cpu"}
@@ -312,10 +314,11 @@ def run_network(
     seconds = time.perf_counter() - start
     if depends_on_batch(images[:size], outputs[0], run):
         raise JobError(BATCH_EFFECT)
-    sample = tensor.quantize(normalization(images[:BATCH_SIZE]))
+    sample = images[:BATCH_SIZE]
+    values = len(np.unique(tensor.quantize(normalization(sample)))) if tensor.is_integer else FEW_VALUES
     answer = {"seconds": seconds, "batch_size": size, "dtype": tensor.dtype}
     answer |= {"description": network.description, "step": network.output.scale or 0.0}
-    answer |= {"is_clipped": tensor.is_integer and len(np.unique(sample)) < 3}
+    answer |= {"is_clipped": values < min(FEW_VALUES, len(np.unique(sample)))}
     answer |= {"normalization": asdict(normalization), "external_data": network.external_data}
     return answer, {"outputs": np.concatenate(outputs)}
 
