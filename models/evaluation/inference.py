@@ -17,7 +17,7 @@ from data.cifar10 import Dataset
 from models.checkpoint import Checkpoint
 from models.common.files import Format, detect_format
 from models.evaluation.fused import FusedResNet8, fuse
-from models.evaluation.metrics import BATCH_EFFECT, Predictions, check_outputs, depends_on_batch, read_outputs
+from models.evaluation.metrics import BATCH_EFFECT, Predictions, check_outputs, depends_on_batch
 from models.evaluation.runtimes import CORES, measure_file
 from models.normalization import Normalization
 from models.resnet8 import ResNet8
@@ -179,18 +179,7 @@ def measure(
         "batch_size": batch_size,
         "workers": workers,
     }
-    predicted, kind, step = read_outputs(logits)
-    return Predictions(
-        name,
-        path,
-        predicted,
-        dataset.labels,
-        normalization,
-        throughput,
-        class_names=dataset.class_names,
-        outputs=kind,
-        step=step,
-    )
+    return Predictions.from_outputs(name, path, logits, dataset, normalization, throughput)
 
 
 def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Predictions]:

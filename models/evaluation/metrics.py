@@ -39,6 +39,23 @@ class Predictions:
     external_data: tuple[Path, ...] = ()  # further files of an ONNX model
     sha256: str | None = None  # of the file followed by its external data; None without any
 
+    @classmethod
+    def from_outputs(
+        cls,
+        name: str,
+        path: Path | None,
+        outputs: np.ndarray,
+        dataset: Dataset,
+        normalization: Normalization,
+        throughput: dict,
+        step: float = 0.0,
+        **fields: object,
+    ) -> "Predictions":
+        """Build from a network's (N, classes) outputs, read by `read_outputs`; `fields` are further ones."""
+        log_probabilities, kind, step = read_outputs(outputs, step)
+        fields |= {"class_names": dataset.class_names, "outputs": kind, "step": step}
+        return cls(name, path, log_probabilities, dataset.labels, normalization, throughput, **fields)
+
     def __repr__(self) -> str:
         accuracy, images = self.metrics["accuracy"], len(self.labels)
         return f"Predictions({self.name!r}, accuracy {accuracy:.4f}, {images:,} images)"

@@ -21,13 +21,7 @@ from data.cifar10 import Dataset
 from models.common.cli import one_line
 from models.common.files import Format, detect_format, read_regular
 from models.common.job import Job, JobError, Message, limit_resources, serve
-from models.evaluation.metrics import (
-    BATCH_EFFECT,
-    Predictions,
-    check_outputs,
-    depends_on_batch,
-    read_outputs,
-)
+from models.evaluation.metrics import BATCH_EFFECT, Predictions, check_outputs, depends_on_batch
 from models.normalization import Normalization
 
 SECONDS = 600  # for all images, imports included
@@ -37,7 +31,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 BYTES = {"uint8": 0, "int8": -128}  # dtype -> what a pixel of 0 is stored as
 LAST_OPERATOR = "expected floats, with DequantizeLinear as the last operator"
 MOVES = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # of ONNX; values stay
-FEW_VALUES = 16  # of quantized inputs: images with more were clipped or rounded
+FEW_VALUES = 16  # fewer in quantized inputs, but not in the pixels: they were clipped or rounded
 
 
 def measure_file(
@@ -68,23 +62,20 @@ def measure_file(
     is_float = file_format is not Format.ONNX or answer["step"] or (outputs % 1).any()
     if not is_float and np.abs(outputs).max() > 1:
         raise ValueError(f"{path}: all outputs are integers, of an unknown scale; {LAST_OPERATOR}")
-    predicted, kind, step = read_outputs(outputs, answer.pop("step"))
     throughput = {"images_per_second": len(dataset) / answer["seconds"], "workers": 1, "device": "cpu"}
     throughput |= {"batch_norm_folded": None}
     throughput |= {key: answer[key] for key in ("seconds", "batch_size", "dtype")}
     external = tuple(path.parent / each for each in answer["external_data"])
     content = b"".join(map(read_regular, (path, *external))) if external else None
-    return Predictions(
+    return Predictions.from_outputs(
         name,
         path,
-        predicted,
-        dataset.labels,
+        outputs,
+        dataset,
         Normalization(**answer["normalization"]),
         throughput,
-        answer["description"],
-        class_names=dataset.class_names,
-        outputs=kind,
-        step=step,
+        answer["step"],
+        format=answer["description"],
         is_clipped=answer["is_clipped"],
         external_data=external,
         sha256=hashlib.sha256(content).hexdigest() if external else None,
@@ -176,29 +167,36 @@ def open_onnx(path: Path) -> Network:
     dtypes = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
     content = read_regular(path)
     is_int8 = any(operator in content for operator in (b"DequantizeLinear", b"QLinearConv", b"ConvInteger"))
+    graph, external_data = None, set()
+    if is_int8 or b"\n\x08location" in content:  # a protobuf string of 8 bytes: the key of external data
+        import onnx
+
+        graph = onnx.load(path, load_external_data=False).graph
+        entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
+        external_data = {entry.value for entry in entries if entry.key == "location"}
     tensors = []
     for each in ends:
         dtype = dtypes.get(each.type, each.type.removeprefix("tensor(").removesuffix(")"))
         shape = [size if isinstance(size, int) and size > 0 else None for size in each.shape]
-        quantization = onnx_quantization(path, each.name, "int" in dtype) if is_int8 else ()
-        tensors.append(Tensor(shape, dtype, *quantization))
+        steps = onnx_quantization(graph, path.parent, each.name, "int" in dtype) if graph else ()
+        tensors.append(Tensor(shape, dtype, *steps))
     input_name, output_names = ends[0].name, [ends[1].name]
     return Network(
         f"ONNX{', int8' if is_int8 else ''}",
         *tensors,
         lambda batch: session.run(output_names, {input_name: batch})[0],
-        onnx_external_data(path) if b"location" in content else (),
+        tuple(sorted(external_data)),
     )
 
 
-def onnx_quantization(path: Path, name: str, is_integer: bool) -> tuple[float, int] | tuple[()]:
+def onnx_quantization(graph: object, folder: Path, name: str, is_integer: bool) -> tuple:
     """Return scale and zero point of an input or output from the operators that (de)quantize it.
 
-    Operators that only move values may be between them. Returns () unless all readers have the same scale.
+    `graph` is an onnx.GraphProto, `folder` has its external data. Operators that only move values may be
+    between them. Returns () unless all readers have the same scale.
     """
-    import onnx
+    from onnx.numpy_helper import to_array
 
-    graph = onnx.load(path).graph
     tensors = {each.name: each for each in graph.initializer}
     tensors |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
     is_input = name in {each.name for each in graph.input}
@@ -211,22 +209,13 @@ def onnx_quantization(path: Path, name: str, is_integer: bool) -> tuple[float, i
                 continue
             constants = [tensors.get(each) for each in node.input[1:3] if each]
             if node.op_type == operator and None not in constants:
-                values = map(onnx.numpy_helper.to_array, constants)
+                values = (to_array(each, str(folder)) for each in constants)
                 found.add(tuple(each.item() for each in values if each.size == 1))
             elif node.op_type in moves:
                 names.append((node.output if is_input else node.input)[0])
             else:
                 found.add(())
     return found.pop() if len(found) == 1 else ()
-
-
-def onnx_external_data(path: Path) -> tuple[str, ...]:
-    """Return the files with the weights of an ONNX file, relative to its folder."""
-    import onnx
-
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
-    entries = (entry for tensor in tensors for entry in tensor.external_data)
-    return tuple(sorted({entry.value for entry in entries if entry.key == "location"}))
 
 
 def open_exported(path: Path) -> Network:
