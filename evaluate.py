@@ -10,11 +10,13 @@ or an export of one: ONNX, TensorFlow Lite, torch.export (.pt2).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,14 +28,16 @@ from models.common.files import RUNTIME_FORMATS, detect_format, json_path, read_
 from models.common.job import JobError
 from models.evaluation.baseline import keras_baseline
 from models.evaluation.metrics import (
+    TRIED,
     Predictions,
+    better_normalization,
     check_guards,
     compare,  # noqa: F401  # for `from evaluate import compare, score`
     near_chance_notes,
     short_names,
 )
 from models.evaluation.results import Evaluation, check_results, write_results
-from models.normalization import Normalization
+from models.normalization import Normalization, fraction_note
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed for `--help` or usage errors
     import numpy as np
@@ -77,30 +81,32 @@ def evaluate(options: argparse.Namespace) -> int:
     from models.evaluation.inference import predictor
 
     predict = predictor(dataset, options)
+    if note := fraction_note(options.mean, options.std):
+        notes.add(note)
 
     # Run the images through one model after the other, then through Keras
-    fit = {"dtype": options.dtype, "key": options.key}
-    first = load_checkpoint(files[0], dataset, notes, options.mean, options.std, **fit)
-    ours, compared = predict(first, names[0]), []
-    origins, hashes = {names[0]: first.origin}, [ours.sha256 or first.sha256]
-    for path, name in zip(files[1:], names[1:], strict=True):
-        other = load_checkpoint(path, dataset, notes, like=first, **fit)
-        compared.append(predict(other, name))
-        origins[name] = other.origin
-        hashes.append(compared[-1].sha256 or other.sha256)
-    for note in (note for each in (ours, *compared) for note in each.notes):
-        notes.add(note)
-    keras = None
+    checkpoints, predictions, hashes = [], [], []
+    for path, name in zip(files, names, strict=True):
+        like = checkpoints[0] if checkpoints else None
+        checkpoints.append(load_checkpoint(path, dataset, notes, options, like))
+        predictions.append(predict(checkpoints[-1], name))
+        hashes.append(predictions[-1].sha256 or checkpoints[-1].sha256)
+        for note in predictions[-1].notes:
+            notes.add(note)
+    first, ours, compared, keras = checkpoints[0], predictions[0], predictions[1:], None
     if not options.no_keras:
+        origins = {name: each.origin for name, each in zip(names, checkpoints, strict=True)}
         keras = keras_baseline(first, options.keras, origins, dataset, options.keras_python, notes)
+    if keras and (options.mean or options.std) and keras.normalization != ours.normalization:
+        notes.add(f"--mean and --std are for {first.path} alone: {keras.path} takes {keras.normalization}")
     if options.max_drop is not None and not keras and not compared:
         raise ValueError("--max-drop needs a Keras baseline or another file to measure a drop from")
 
     # Print and write
-    guards = check_guards([ours, *compared], keras or ours, options.min_accuracy, options.max_drop)
+    guards = check_guards(predictions, keras or ours, options.min_accuracy, options.max_drop)
     evaluation = Evaluation(dataset, ours, keras, compared, hashes, notes.lines, guards, options.per_class)
     cli.echo(f"\n{evaluation.summary()}")
-    for note in near_chance_notes([ours, *compared]):
+    for note in result_notes(checkpoints, predictions, keras, dataset, options):
         notes.add(note)
     written = write_results(evaluation, options.output, options.report)
     cli.echo(f"wrote {', '.join(map(str, written))}")
@@ -108,20 +114,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def load_checkpoint(
-    path: Path,
-    dataset: Dataset,
-    notes: cli.Notes,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    like: Checkpoint | None = None,
-    dtype: str = "float32",
-    key: str | None = None,
+    path: Path, dataset: Dataset, notes: cli.Notes, options: argparse.Namespace, like: Checkpoint | None
 ) -> Checkpoint:
     """Load a model that fits the data. Raises OSError, or ValueError with one line.
 
-    `mean` and `std` override the normalization in the file's JSON. If neither has it, the normalization of
-    `like` applies, else pixels 0-255. `key` selects one of several state_dicts. For ONNX, TensorFlow Lite and
-    torch.export files the checkpoint's `model` is None.
+    `like` is the first file's checkpoint, None for the first file: its normalization is that of `--mean` and
+    `--std`, then of its JSON, else pixels 0-255; another file's that of its JSON, else of `like`. For ONNX,
+    TensorFlow Lite and torch.export files the checkpoint's `model` is None.
     """
     import torch
 
@@ -137,8 +136,8 @@ def load_checkpoint(
             raise ValueError(f"{path}: {error}") from None
         checkpoint = Checkpoint(path, None, sha256_of(path), normalization, metadata)
     else:
-        precision = torch.float64 if dtype == "float64" else torch.float32
-        checkpoint = read_checkpoint(path, ResNet8, precision, key)
+        precision = torch.float64 if options.dtype == "float64" else torch.float32
+        checkpoint = read_checkpoint(path, ResNet8, precision, options.key)
         channels, classes = checkpoint.model.conv1.in_channels, checkpoint.model.fc.out_features
     if checkpoint.read_note:
         notes.add(checkpoint.read_note)
@@ -148,19 +147,46 @@ def load_checkpoint(
         raise ValueError(f"{path}: expects images of shape {shape}; CIFAR-10 images are {needed}")
     if classes != len(dataset.class_names):
         raise ValueError(f"{path}: has {classes} classes; CIFAR-10 has {len(dataset.class_names)}")
-    if mean or std:
-        checkpoint = checkpoint.with_normalization(mean, std)
+    is_given = bool(options.mean or options.std)
+    if is_given and not like:
+        checkpoint = checkpoint.with_normalization(options.mean, options.std)
     elif "mean" not in described or "std" not in described:
+        normalization = like.normalization if like else checkpoint.normalization
+        checkpoint = replace(checkpoint, normalization=normalization, assumes_normalization=not is_given)
         missing = f"no mean and std in {json_name}" if checkpoint.metadata else f"no {json_name}"
-        checkpoint = replace(checkpoint, assumes_normalization=True)
         if like:
-            checkpoint = replace(checkpoint, normalization=like.normalization)
             notes.add(f"{missing}: using {like.path.name}'s input normalization for {path.name}")
         else:
             notes.add(f"{missing}: assuming pixels 0-255 for {path.name}; override with --mean and --std")
     if "sha256" in checkpoint.metadata and not checkpoint.is_as_converted:
         notes.add(f"{path} was modified after conversion (fine-tuned?): its SHA-256 is not in {json_name}")
     return checkpoint
+
+
+def result_notes(
+    checkpoints: list[Checkpoint],
+    predictions: list[Predictions],
+    keras: Predictions | None,
+    dataset: Dataset,
+    options: argparse.Namespace,
+) -> Iterator[str]:
+    """Yield a note for every model with a better input normalization than the assumed one, or near chance."""
+    from models.evaluation.inference import predictor
+
+    identity = Normalization.from_args(dataset.images.shape[1])
+    for checkpoint, each in zip(checkpoints, predictions, strict=True):
+        network, better = replace(checkpoint, normalization=identity, assumes_normalization=False), None
+        if checkpoint.assumes_normalization:
+            better = better_normalization(
+                each, dataset, lambda trial, it=network: predictor(trial, options)(it, "")
+            )
+        if better and len(checkpoints) == 1:
+            yield f"{better[0]} {better[1].options}"
+        elif better:  # the options are for the first file
+            yield f"{better[0]} {json.dumps({'input': asdict(better[1])})} in {json_path(checkpoint.path)}"
+        else:
+            yield from near_chance_notes([each])
+    yield from near_chance_notes([keras] if keras else [])
 
 
 def print_shortfalls(guards: list[dict]) -> int:
@@ -188,20 +214,34 @@ def score(
     `network` maps (N, C, H, W) float32 images to (N, classes) logits or probabilities, a tensor or an array:
     quantized, exported, compiled, or of another library. Its input is (pixel - mean) / std, for pixels 0-255;
     `mean` and `std` are scalars or one value per channel. Default: the normalization read by
-    `ResNet8.from_checkpoint`, else pixels 0-255. `workers` is the number of threads. Warns if the accuracy is
-    near chance, as with a wrong normalization. Raises ValueError if `network` is in train mode, or if its
-    outputs depend on the rest of the batch, have a wrong shape or are not finite.
+    `ResNet8.from_checkpoint`, else pixels 0-255, and a warning names a usual one that is better. Also warns
+    if the accuracy is near chance. `workers` is the number of threads. Raises ValueError if `network` is in
+    train mode, or if its outputs depend on the rest of the batch, have a wrong shape or are not finite.
     """
     from models.evaluation.inference import measure
 
-    known = getattr(network, "normalization", None) or Normalization.from_args(dataset.images.shape[1])
-    predictions = measure(network, dataset, known.override(mean, std), name, batch_size, workers, path)
-    for note in predictions.notes:
+    known, identity = own_normalization(network), Normalization.from_args(dataset.images.shape[1])
+    run = partial(measure, network, name=name, batch_size=batch_size, workers=workers, path=path)
+    predictions, better = run(dataset, (known or identity).override(mean, std)), None
+    if known is None and mean is None and std is None:
+        images = -(-TRIED // batch_size) * batch_size  # whole batches: some networks take no others
+        better = better_normalization(predictions, dataset, lambda trial: run(trial, identity), images)
+    notes = near_chance_notes([predictions])
+    if better:
+        notes = [f"{better[0]} mean={better[1].mean}, std={better[1].std}"]
+    for note in predictions.notes + notes:
         warnings.warn(note, stacklevel=2)
-    if predictions.is_near_chance:
-        reason = f"the input normalization is probably wrong ({predictions.normalization})"
-        warnings.warn(f"{name} is near chance: {reason}", stacklevel=2)
     return predictions
+
+
+def own_normalization(network: object) -> Normalization | None:
+    """Return `network.normalization`, also of a network inside DataParallel or AveragedModel."""
+    while network is not None:
+        normalization = getattr(network, "normalization", None)
+        if isinstance(normalization, Normalization):
+            return normalization
+        network = getattr(network, "module", None)
+    return None
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,16 +85,17 @@ class Checkpoint:
         return self.metadata.get("architecture", {}).get("bn_eps", 1e-3)
 
     def with_normalization(self, mean: list[float] | None, std: list[float] | None) -> Checkpoint:
-        """Return a copy whose normalization is overridden, with `mean` and `std` as in `from_args`."""
+        """Return a copy whose normalization is overridden, with `mean` and `std` as in `from_args`.
+
+        The Keras model's in the JSON is overridden too if it is the same: no Keras layer normalizes then.
+        """
         overrides = {name: values for name, values in (("mean", mean), ("std", std)) if values}
         metadata = {**self.metadata, "input": {**self.metadata.get("input", {}), **overrides}}
-        return replace(self, normalization=self.normalization.override(mean, std), metadata=metadata)
-
-    @property
-    def keras_normalization(self) -> Normalization:
-        """Input normalization of the Keras model; it differs where a Keras layer normalizes."""
-        described = self.metadata.get("source", {}).get("input", {})
-        return self.normalization.override(described.get("mean"), described.get("std"))
+        normalization, source = self.normalization.override(mean, std), self.metadata.get("source", {})
+        keras = source.get("input")
+        if keras and self.normalization.override(keras.get("mean"), keras.get("std")) == self.normalization:
+            metadata["source"] = {**source, "input": asdict(normalization)}
+        return replace(self, normalization=normalization, metadata=metadata)
 
     @property
     def origin(self) -> str | None:

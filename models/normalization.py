@@ -8,6 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 LIMIT = 1e30  # largest mean or std; float32 arithmetic with it does not overflow
+USUAL = (  # mean and std of the usual input normalizations
+    (0, 1),  # pixels 0-255
+    (0, 255),  # pixels / 255: torchvision's ToTensor
+    (127.5, 127.5),  # -1 to 1: mode "tf" of keras.applications
+    (128, 128),
+    (128, 1),  # pixels - 128, as int8 inputs store them
+    ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]),  # of CIFAR-10's training images
+    ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),  # of ImageNet: torchvision's pretrained models
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,18 @@ class Normalization:
         mean, std = self.mean if mean is None else mean, self.std if std is None else std
         return Normalization.from_args(len(self.mean), mean, std)
 
+    @classmethod
+    def usual(cls, channels: int) -> list[Normalization]:
+        """Build the usual normalizations of images with so many channels."""
+        return [cls.from_args(channels, *each) for each in USUAL if np.size(each[0]) in (1, channels)]
+
+    @property
+    def options(self) -> str:
+        """The same as options of the command line, such as "--mean 0 --std 255"."""
+        values = (each[:1] if len(set(each)) == 1 else each for each in (self.mean, self.std))
+        mean, std = (" ".join(f"{value:g}" for value in each) for each in values)
+        return f"--mean {mean} --std {std}"
+
     @property
     def is_identity(self) -> bool:
         """Whether pixels are passed through unchanged."""
@@ -71,3 +92,11 @@ class Normalization:
             return "pixels 0-255"
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"(pixel - mean) / std, mean {mean}, std {std}"
+
+
+def fraction_note(mean: list[float] | None, std: list[float] | None) -> str | None:
+    """Return a note if `--mean` and `--std` look like those of torchvision's Normalize, for pixels 0-1."""
+    if not mean or not std or max(map(abs, mean + std)) >= 1:
+        return None
+    options = Normalization([255 * value for value in mean], [255 * value for value in std]).options
+    return f"--mean and --std below 1 are usually of pixels 0-1 (ToTensor); for pixels 0-255: {options}"

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
+from torch.nn import DataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from data.cifar10 import Dataset
 from evaluate import compare, score
+from models.normalization import USUAL, Normalization
 from models.resnet8 import ResNet8
 from models.transforms import fold_batch_norm, layer_activations
 from tests.evaluating import random_model, save, scaling
@@ -40,6 +43,41 @@ def test_a_network_has_the_normalization_of_its_json(tmp_path, dataset):
         ({"std": [1, 2, 3]}, [120.0] * 3, [1.0, 2.0, 3.0]),
     ):
         assert asdict(score(model, dataset, **arguments).normalization) == {"mean": mean, "std": std}
+
+
+@pytest.mark.parametrize(
+    "wrap", [AveragedModel, DataParallel, lambda model: DataParallel(AveragedModel(model))]
+)
+def test_a_wrapped_network_has_the_normalization_of_the_one_inside(dataset, wrap):
+    model = random_model()
+    model.normalization = Normalization(**NORMALIZATION)
+    assert asdict(score(wrap(model).eval(), dataset).normalization) == NORMALIZATION
+
+
+def test_a_layer_named_normalization_is_none(dataset):
+    model = random_model()
+    model.normalization = torch.nn.Identity()
+    assert score(model, dataset).normalization.is_identity
+
+
+@pytest.mark.parametrize("index", range(len(USUAL)))
+def test_a_usual_normalization_that_is_better_is_named_where_none_is_given(dataset, index):
+    right = Normalization.usual(3)[index]
+    known = {image.tobytes(): label for image, label in zip(dataset.images, dataset.labels, strict=True)}
+
+    def network(batch):  # knows the images by heart, if they are normalized as they should be
+        pixels = batch.numpy() * np.reshape(right.std, (3, 1, 1))
+        pixels = np.rint(pixels + np.reshape(right.mean, (3, 1, 1))).clip(0, 255).astype(np.uint8)
+        return np.eye(10)[[known.get(image.tobytes(), 0) for image in pixels]]
+
+    for given, count in (({}, index > 0), ({"std": 3.0}, 1), (asdict(right), 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            score(network, dataset, name="odd", **given)
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == count and all("odd" in message for message in messages)
+        for values in asdict(right).values():
+            assert all((f"{values}" in message) == (not given) for message in messages)
 
 
 @pytest.mark.parametrize(("correct", "warns"), [(49, True), (50, False)])
@@ -87,7 +125,7 @@ def test_batches_are_contiguous_float32_and_have_every_image_once(dataset):
         assert batch.dtype == torch.float32 and batch.is_contiguous()
         return F.one_hot(torch.arange(len(batch)) % 10, 10).float()
 
-    predictions = score(network, dataset, batch_size=75)
+    predictions = score(network, dataset, std=1, batch_size=75)  # known: no other is tried
     assert [len(batch) for batch in batches] == [75, 75, 75, 25, 75, 75]  # the last are compared
     assert torch.equal(torch.cat(batches[:4]), torch.from_numpy(dataset.images).float())  # pixels, in order
     assert (predictions.classes == np.concatenate([np.arange(n) % 10 for n in (75, 75, 75, 25)])).all()

@@ -20,6 +20,7 @@ from models.normalization import Normalization
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
+    from models.keras.file import KerasFile
 
 
 def keras_baseline(
@@ -44,9 +45,7 @@ def keras_baseline(
         if other != next(iter(origins)):  # `find_baseline` has checked the checkpoint
             notes.add(f"{other} was not converted from {keras_file}: the baseline is another model")
     name = f"Keras {keras_file.name}" if others else "Keras"
-    described = metadata_if_current(keras_file, sha256).get("input", {})  # if convert.py wrote it
-    described = {**asdict(checkpoint.keras_normalization), **described}
-    normalization = Normalization.from_json(described, dataset.images.shape[1])
+    normalization = keras_normalization(checkpoint, keras_file, sha256)
     key = {"keras": sha256, "images": dataset.sha256, **asdict(normalization), "bn_eps": checkpoint.bn_eps}
     cache_name = f"{keras_file.stem}.keras-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npz"
     # beside the checkpoint if the Keras file's folder cannot be written
@@ -87,6 +86,31 @@ def find_baseline(checkpoint: Checkpoint, keras_file: Path | None, notes: Notes)
     return None
 
 
+def keras_normalization(checkpoint: Checkpoint, keras_file: Path, sha256: str) -> Normalization:
+    """Return the input normalization of a Keras file: the checkpoint's, unless a Keras layer normalizes.
+
+    The file's JSON has it, or the checkpoint's JSON if that was converted from this file. Otherwise the file
+    is read: pixels 0-255 if it has a layer that normalizes. Raises KerasFileError or ValueError.
+    """
+    pytorch, source = checkpoint.normalization, checkpoint.metadata.get("source", {})
+    written = metadata_if_current(keras_file, sha256)  # if convert.py wrote the file
+    described, origin = written.get("input", {}), written.get("source", {})
+    is_same = (
+        origin.get("sha256") == checkpoint.sha256 and origin.get("input", {}).items() <= described.items()
+    )
+    if is_same and not checkpoint.assumes_normalization:  # but perhaps overrides it
+        return pytorch
+    if not described and source.get("sha256") == sha256:
+        described = source.get("input", {})
+    if not described and not pytorch.is_identity:
+        from models.graph import INPUT_NORMALIZATION
+
+        layers = read_file(keras_file, checkpoint.bn_eps).layers
+        if any(layer.class_name in INPUT_NORMALIZATION for layer in layers):
+            return Normalization.from_args(len(pytorch.mean))
+    return Normalization.from_json({**asdict(pytorch), **described}, len(pytorch.mean))
+
+
 def read_cache(path: Path, dataset: Dataset, notes: Notes) -> tuple[np.ndarray, str] | None:
     """Return the cached log-probabilities and Keras format; None if missing or damaged."""
     if not path.exists():
@@ -113,6 +137,19 @@ def write_cache(paths: list[Path], log_probabilities: np.ndarray, file_format: s
     notes.add(f"no cache of Keras's predictions: {problem}")
 
 
+def read_file(keras_file: Path, bn_eps: float) -> KerasFile:
+    """Read a Keras file. Raises KerasFileError, which names it, also for an input that is no image."""
+    from models.conversion.match import place_weights
+    from models.keras.file import read_keras_file
+
+    try:
+        file = place_weights(read_keras_file(keras_file), bn_eps)
+        _ = file.input_shape  # raises
+        return file
+    except KerasFileError as error:
+        raise KerasFileError(f"{keras_file}: {error}") from None
+
+
 def run_keras(
     keras_file: Path, bn_eps: float, images: np.ndarray, normalization: Normalization, python: str
 ) -> tuple[np.ndarray, str]:
@@ -120,16 +157,10 @@ def run_keras(
 
     `bn_eps` is for weights alone, which lack it. Raises as `keras_baseline` does.
     """
-    # a run that finds a cache needs none of these
-    from models.conversion.match import place_weights
-    from models.keras.file import read_keras_file
-    from models.keras.reference import Keras
+    from models.keras.reference import Keras  # a run that finds a cache does not need it
 
-    try:
-        file = place_weights(read_keras_file(keras_file), bn_eps)
-        input_shape = tuple(file.input_shape)
-    except KerasFileError as error:  # which does not name the file
-        raise KerasFileError(f"{keras_file}: {error}") from None
+    file = read_file(keras_file, bn_eps)
+    input_shape = tuple(file.input_shape)
     expected = (images.shape[2], images.shape[3], images.shape[1])
     if any(size not in (None, side) for size, side in zip(input_shape, expected, strict=True)):
         raise ValueError(f"{keras_file}: takes {input_shape} images, CIFAR-10's are {expected}")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,8 @@ STEPS = (2**-8, 2**-15, 2**-24)
 BATCH_EFFECT = "outputs change with the other images of a batch, or from run to run; expected eval mode"
 TINY = float(np.finfo(np.float32).tiny)  # float32's smallest normal number
 MAX_BATCH_EFFECT = 1e-4  # of the largest output; the same shapes are rounded alike, but on some GPUs
+TRIED = 500  # images under each usual normalization, where none is known: 0.4 s
+MAX_P = 0.001  # McNemar's, of the best of them: about six are compared
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -261,13 +263,47 @@ def check_guards(
 
 
 def near_chance_notes(predictions: list[Predictions]) -> list[str]:
-    """Return a note for every model near chance: its input normalization is most likely wrong."""
-    return [
-        f"{each.name} is near chance: the input normalization is probably wrong ({each.normalization}); "
-        "see --mean and --std; for pixels / 255: --std 255"
-        for each in predictions
-        if each.is_near_chance
+    """Return a note for every model with an accuracy near chance, or a loss above that of guessing."""
+    notes = []
+    for each in predictions:
+        loss, guess = each.metrics["loss"], math.log(len(each.class_names))
+        problem = f"loss {loss:.2f} is above {guess:.2f}, that of guessing" if loss > guess else ""
+        if each.is_near_chance:
+            problem = f"accuracy {100 * each.metrics['accuracy']:.1f} % is near chance"
+        if problem:
+            advice = f"is the input normalization right ({each.normalization})? see --mean and --std"
+            notes.append(f"{each.name}: {problem}; {advice}")
+    return notes
+
+
+def better_normalization(
+    predictions: Predictions, dataset: Dataset, predict: Callable[[Dataset], Predictions], images: int = TRIED
+) -> tuple[str, Normalization] | None:
+    """Return a usual normalization whose accuracy is higher beyond chance, and both accuracies as text.
+
+    `predict` runs the network on normalized images: the first `images` under each usual normalization.
+    """
+    labels = dataset.labels[:images]
+    usual = Normalization.usual(dataset.images.shape[1])
+    usual = [each for each in usual if each != predictions.normalization]
+    normalized = np.concatenate([each(dataset.images[:images]) for each in usual]).astype(np.float32)
+    trial = replace(dataset, images=normalized, labels=np.tile(labels, len(usual)))
+    try:
+        outputs = np.split(predict(trial).log_probabilities, len(usual))
+    except ValueError:  # too large for the network's arithmetic
+        return None
+    now = replace(predictions, labels=labels, log_probabilities=predictions.log_probabilities[:images])
+    tried = [
+        replace(now, log_probabilities=each, normalization=normalization)
+        for each, normalization in zip(outputs, usual, strict=True)
     ]
+    best = max(tried, key=lambda each: each.metrics["correct"])
+    pair = compare(now, best)
+    if best.is_near_chance or pair["accuracy_difference"] <= 0 or pair["mcnemar_p"] > MAX_P:
+        return None
+    accuracy, better = (f"{100 * each.metrics['accuracy']:.1f} %" for each in (predictions, best))
+    text = f"{predictions.name}: {accuracy} with {predictions.normalization}"
+    return f"{text}, {better} (first {len(labels)} images) with", best.normalization
 
 
 def short_names(paths: list[Path]) -> list[str]:

@@ -43,8 +43,9 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """One line: the data set and its size."""
-        return f"ResNet8 on the {self.dataset.name}, {len(self.dataset.labels):,} images"
+        """One line: the network, if all files are known to be a ResNet8, the data set and its size."""
+        network = "ResNet8" if all(each.network for each in [self.ours, *self.compared]) else "Accuracy"
+        return f"{network} on the {self.dataset.name}, {len(self.dataset.labels):,} images"
 
     @property
     def all_predictions(self) -> list[Predictions]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -149,6 +150,7 @@ def runs(monkeypatch, sample):
         return np.random.default_rng(len(calls)).normal(size=(len(images), 10)).astype(np.float32), ".h5"
 
     monkeypatch.setattr(baseline, "run_keras", run_keras)
+    monkeypatch.setattr(baseline, "read_file", lambda *_: SimpleNamespace(layers=()))
     return calls
 
 
@@ -311,3 +313,44 @@ def test_the_normalization_is_the_keras_files_own(folder, sample, runs):
     for name, std in (("back.h5", 1.0), ("model.h5", 255.0)):
         predictions, _ = baseline_of(folder / "model.pt", sample, folder / name)
         assert predictions.normalization.std == runs[-1][0] == [std] * 3
+
+
+OTHER = "0" * 64
+NORMALIZATIONS = {
+    # case -> std of the .pt and of Keras in the .pt's JSON, and its source; both in the Keras file's JSON;
+    # whether that file has a Rescaling layer, None if it is not read; --std; expected std of Keras
+    "equal in the JSON": ((255.0, 255.0, SHA256), None, None, 64.0, 64.0),
+    "a Keras layer normalizes": ((255.0, 1.0, SHA256), None, None, 64.0, 1.0),
+    "without --std": ((255.0, 1.0, SHA256), None, None, None, 1.0),
+    "no JSON, a Rescaling": (None, None, True, 64.0, 1.0),
+    "no JSON, no Rescaling": (None, None, False, 64.0, 64.0),
+    "no JSON, pixels": (None, None, None, 1.0, 1.0),
+    "of another file, a Rescaling": ((255.0, 255.0, OTHER), None, True, None, 1.0),
+    "of another file, no Rescaling": ((255.0, 1.0, OTHER), None, False, None, 255.0),
+    "written back": (None, (255.0, 255.0), None, 64.0, 64.0),
+    "written back with a Rescaling": (None, (255.0, 1.0), None, 64.0, 1.0),
+    "written back, its .pt unknown": (None, (255.0, 255.0), None, None, 255.0),
+}
+
+
+@pytest.mark.parametrize("case", NORMALIZATIONS)
+def test_an_option_overrides_keras_too_unless_a_keras_layer_normalizes(folder, monkeypatch, case):
+    """No image is normalized twice."""
+    of_pt, of_keras, has_rescaling, std, expected = NORMALIZATIONS[case]
+    (folder / "model.json").unlink()
+    if of_pt:
+        source = {"sha256": of_pt[2], "input": scaling(0.0, of_pt[1])}
+        (folder / "model.json").write_text(json.dumps({"input": scaling(0.0, of_pt[0]), "source": source}))
+    checkpoint = read_checkpoint(folder / "model.pt", ResNet8)
+    if of_keras:
+        source = {"sha256": checkpoint.sha256, "input": scaling(0.0, of_keras[0])}
+        metadata = {"input": scaling(0.0, of_keras[1]), "source": source, "sha256": SHA256}
+        (folder / "model.h5.json").write_text(json.dumps(metadata))
+    checkpoint = replace(checkpoint, assumes_normalization=not std)
+    checkpoint = checkpoint.with_normalization(None, [std]) if std else checkpoint
+    layers = [SimpleNamespace(class_name="Rescaling")] * bool(has_rescaling)
+    read = iter([] if has_rescaling is None else [SimpleNamespace(layers=layers)])
+    monkeypatch.setattr(baseline, "read_file", lambda *_: next(read))
+    normalization = baseline.keras_normalization(checkpoint, folder / "model.h5", SHA256)
+    assert normalization == Normalization.from_args(3, std=expected)
+    assert not list(read)

@@ -13,6 +13,7 @@ from data.cifar10 import CLASS_NAMES
 from evaluate import score
 from models.evaluation.metrics import (
     Predictions,
+    better_normalization,
     check_guards,
     compare,
     difference_text,
@@ -29,9 +30,10 @@ from tests.evaluating import evaluated, random_model, save, scaling
 
 
 def predictions(name, correct, std=1.0, images=100):
-    """Return predictions of which the first `correct` are right."""
+    """Return predictions of which the first `correct` are right, or those of a mask."""
     labels = np.arange(images) % 10
-    classes = np.where(np.arange(images) < correct, labels, (labels + 1) % 10)
+    right = np.arange(images) < correct if isinstance(correct, int) else correct
+    classes = np.where(right, labels, (labels + 1) % 10)
     log_probabilities = torch.from_numpy(5.0 * np.eye(10)[classes]).log_softmax(dim=1).numpy()
     return Predictions(name, Path(name), log_probabilities, labels, Normalization.from_args(3, std=std))
 
@@ -169,9 +171,38 @@ def test_guards_hold_at_their_bounds():
     assert check_guards(models, reference, None, None) == []
 
 
-def test_a_model_near_chance_is_noted_with_its_normalization():
-    (note,) = near_chance_notes([predictions("fine", 20), predictions("wrong", 19, std=255.0)])
-    assert note.startswith("wrong") and "255" in note and "--std" in note
+def test_a_model_near_chance_or_with_a_loss_above_it_is_noted_with_its_normalization():
+    """A wrong image costs 5 nats here."""
+    models = [
+        predictions("fine", 60),
+        predictions("loud", 50, std=255.0),
+        predictions("wrong", 19, std=255.0),
+    ]
+    loud, wrong = near_chance_notes(models)
+    assert loud.startswith("loud: loss 2.5") and wrong.startswith("wrong: accuracy 19.0 %")
+    assert all("255" in note and "--std" in note for note in (loud, wrong))
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "is_named"), [(10, 0, False), (12, 0, True), (30, 10, False), (35, 10, True)]
+)
+def test_another_normalization_is_named_if_it_is_better_beyond_chance(sample, gained, lost, is_named):
+    """McNemar's p is 0.002, 0.0005, 0.002 and 0.0002; all other normalizations are worse."""
+    image, usual = np.arange(500), Normalization.usual(3)[1:]
+    right = [image < 200] * len(usual)
+    right[4] = (image >= lost) & (image < 300 + gained)
+
+    def predict(trial):
+        for normalization, images in zip(usual, np.split(trial.images, len(usual)), strict=True):
+            np.testing.assert_allclose(images[[0, -1]], normalization(sample.images[[0, 499]]), rtol=1e-6)
+        return predictions("trial", np.concatenate(right), images=500 * len(usual))
+
+    now = predictions("a.pt", image < 300, images=500)
+    better = better_normalization(now, replace(sample, labels=np.tile(now.labels, 2)), predict)
+    assert (better is not None) == is_named
+    if better:
+        assert better[1] == usual[4] and better[0].startswith("a.pt: 60.0 %") and "500" in better[0]
+        assert f"{60 + (gained - lost) / 5:.1f} %" in better[0]
 
 
 def test_a_class_without_images_has_no_accuracy():
