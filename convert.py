@@ -56,7 +56,7 @@ from models.common.job import JobError
 from models.conversion.match import add_rescaling, layers_of_state_dict, place_weights
 from models.keras.file import read_keras_content, read_keras_file
 from models.keras.reference import Keras
-from models.normalization import Normalization
+from models.normalization import Normalization, fraction_note
 
 # torch is imported inside the functions, so that Keras and the reader start in parallel.
 
@@ -76,6 +76,8 @@ class Task(NamedTuple):
 def main() -> int:
     """Convert the files of the command line; return the exit status."""
     options = parse_arguments()
+    if note := fraction_note(options.mean, options.std):
+        echo(f"note: {note}")
     to_keras = any(task.to_keras for task in options.tasks)
     try:
         with nullcontext() if options.no_verify and not to_keras else Keras(options.keras_python) as keras:

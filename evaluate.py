@@ -170,22 +170,23 @@ def result_notes(
     dataset: Dataset,
     options: argparse.Namespace,
 ) -> Iterator[str]:
-    """Yield a note for every model with a better input normalization than the assumed one, or near chance."""
+    """Yield a note for every model near chance, or with a better normalization than an assumed one."""
     from models.evaluation.inference import predictor
 
     identity = Normalization.from_args(dataset.images.shape[1])
     for checkpoint, each in zip(checkpoints, predictions, strict=True):
-        network, better = replace(checkpoint, normalization=identity, assumes_normalization=False), None
-        if checkpoint.assumes_normalization:
+        network = replace(checkpoint, normalization=identity, assumes_normalization=False)
+        notes = near_chance_notes([each])
+        if checkpoint.assumes_normalization or notes:
             better = better_normalization(
                 each, dataset, lambda trial, it=network: predictor(trial, options)(it, "")
             )
-        if better and len(checkpoints) == 1:
-            yield f"{better[0]} {better[1].options}"
-        elif better:  # the options are for the first file
-            yield f"{better[0]} {json.dumps({'input': asdict(better[1])})} in {json_path(checkpoint.path)}"
-        else:
-            yield from near_chance_notes([each])
+            if better and len(checkpoints) == 1:
+                notes = [f"{better[0]} {better[1].options}"]
+            elif better:  # the options are for the first file
+                described = json.dumps({"input": asdict(better[1])})
+                notes = [f"{better[0]} {described} in {json_path(checkpoint.path)}"]
+        yield from notes
     yield from near_chance_notes([keras] if keras else [])
 
 

@@ -3,10 +3,13 @@
 import json
 import os
 import pickle
+import re
 import resource
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +17,8 @@ import evaluate
 from models.common import cli
 from models.common.files import json_path
 from models.evaluation import fused
+from models.evaluation.metrics import Predictions
+from models.normalization import Normalization
 from models.resnet8 import ResNet8
 from tests.evaluating import (
     HAS_FUSED_OPERATORS,
@@ -27,9 +32,11 @@ from tests.evaluating import (
     scaling,
     with_few_images,
 )
+from tests.runtime_files import logits_of, write_onnx
 
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3}
 SCALED = {"mean": [120.0] * 3, "std": [64.0] * 3}
+FRACTIONS = {"mean": [0.5] * 3, "std": [0.25, 0.5, 0.25]}
 
 
 @pytest.fixture
@@ -161,6 +168,7 @@ def test_usage_errors(tmp_path, arguments):
         (["tuned.pt"], PLAIN, "no tuned.json"),
         (["tuned.pt", "--mean", 120, "--std", 64, 64, 64], SCALED, None),
         (["model.pt", "--mean", 0], {**SCALED, "mean": [0.0] * 3}, None),
+        (["model.pt", "--mean", 0.5, "--std", 0.25, 0.5, 0.25], FRACTIONS, "--mean 127.5 --std 63.75 127.5"),
     ],
 )
 def test_normalization_is_given_or_from_a_json_or_noted(folder, arguments, expected, note):
@@ -175,15 +183,52 @@ def test_normalization_is_given_or_from_a_json_or_noted(folder, arguments, expec
         assert ("mean 120 120 120, std 64 64 64" in text) == (SCALED in (metrics["input"], expected))
 
 
-def test_near_chance_and_a_modified_file_are_noted(folder):
-    save(random_model(), folder / "other.pt", input=scaling(0.0, 255.0), sha256="0" * 64)
-    stdout, metrics = evaluated("other.pt", "--no-keras", cwd=folder)
+def test_near_chance_and_a_modified_file_are_noted(folder, monkeypatch):
+    """Of Keras too; and that its normalization is not the option's."""
+    path, labels = folder / "other.pt", np.arange(100) % 10
+    save(random_model(), path, input=scaling(0.0, 255.0), sha256="0" * 64)
+    keras = Predictions("Keras", path, np.log(np.full((100, 10), 0.1)), labels, Normalization.from_args(3))
+    monkeypatch.setattr(evaluate, "keras_baseline", lambda *_: keras)
+    stdout, metrics = evaluated("other.pt", "--std", 255, cwd=folder)
     assert metrics["pytorch"]["accuracy"] < 0.2
-    modified, chance = metrics["notes"]
+    modified, alone, *chances = metrics["notes"]
     assert "modified" in modified and "other.pt" in modified
-    assert all(part in chance for part in ("other.pt", "near chance", "--std", "255"))
-    assert stdout.index(modified) < stdout.index("accuracy") < stdout.index(chance)
-    assert chance in (folder / "results/metrics.txt").read_text()
+    assert "--std" in alone and "other.pt" in alone and "pixels 0-255" in alone
+    for chance, name, scale in zip(chances, ("other.pt", "Keras"), ("255 255 255", "0-255"), strict=True):
+        assert all(part in chance for part in (name, "near chance", "--std", scale))
+        assert stdout.index(modified) < stdout.index("accuracy") < stdout.index(chance)
+        assert chance in (folder / "results/metrics.txt").read_text()
+
+
+@needs_real_model
+def test_a_better_normalization_is_named_as_options_or_as_a_json(real, sample, monkeypatch):
+    """With what the notes say, the accuracy is right."""
+    with_few_images(monkeypatch, sample)
+    model = ResNet8.from_checkpoint(real / "model.pt")
+    with torch.no_grad():
+        model.conv1.weight *= 255
+    save(model, real / "new.pt")
+    stdout, metrics = evaluated("new.pt", "--no-keras", cwd=real)
+    _, better = metrics["notes"]
+    assert better.startswith("new.pt: ") and "--mean 0 --std 255" in better
+    assert stdout.index("ResNet8 on") < stdout.index(better)
+    _, metrics = evaluated("model.pt", "new.pt", "--no-keras", cwd=real)
+    _, better = metrics["notes"]
+    described, name = re.search(r"(\{.*\}) in (\S+)$", better).groups()
+    (real / name).write_text(described)
+    _, metrics = evaluated("model.pt", "new.pt", "--no-keras", cwd=real)
+    assert metrics["notes"] == [] and name == "new.json"
+    assert metrics["compared"][0]["correct"] == metrics["pytorch"]["correct"] > 70
+
+
+def test_a_better_normalization_of_a_file_in_a_runtime_is_named(tmp_path, sample, monkeypatch):
+    right = Normalization.usual(3)[-2]
+    labels = logits_of(right(sample.images)).argmax(axis=1)
+    monkeypatch.setattr(evaluate, "load_test", lambda *_: replace(sample, labels=labels))
+    write_onnx(tmp_path / "d.onnx")
+    stdout, metrics = evaluated("d.onnx", "--no-keras", cwd=tmp_path)
+    assert right.options in metrics["notes"][-1] and "100.0 %" in metrics["notes"][-1]
+    assert "ResNet8" not in stdout
 
 
 # Files that are not as `convert.py` writes them
@@ -247,6 +292,7 @@ def test_hostile_checkpoints_are_refused(tmp_path, case):
         ("{", "JSON"),
         ('{"input": {"mean": [0], "std": [1, 1, 1]}}', "mean"),
         ('{"input": {"shape": [3, 96, 96]}}', "[3, 96, 96]"),
+        ('{"mean": [0, 0, 0], "std": [255, 255, 255]}', '{"input": {"mean": '),
     ],
 )
 def test_wrong_json_is_refused(tmp_path, name, text, key):

@@ -251,7 +251,10 @@ def test_large_activations(large, keras, tmp_path, capsys):
     results = convert_file(large, tmp_path / "model.pt", keras)["verification"]
     assert 0 < results["float64"]["activations"] <= 1e-10 and results["float64"]["probabilities"] <= 1e-12
     assert results["largest_activation"] > 1e5
-    assert f"{results['largest_activation']:,.0f}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"{results['largest_activation']:,.0f}" in output and "--std 255" in output
+    convert_file(large, tmp_path / "model.pt", keras, std=[2.0])
+    assert "largest activation" in (output := capsys.readouterr().out) and "--std" not in output
 
 
 @pytest.mark.parametrize("mistake", SMALL_MISTAKES)

@@ -20,6 +20,9 @@ from models.normalization import LIMIT
 KERAS_SUFFIXES = (".h5", ".keras")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors")
 
+JSON_KEYS = ("input", "architecture", "source", "verification", "versions", "date", "sha256")
+EXAMPLE = '{"input": {"mean": [0, 0, 0], "std": [255, 255, 255]}}'
+
 
 class Format(Enum):
     """A file format; the value names it in messages."""
@@ -228,6 +231,8 @@ def check_metadata(file: Path, metadata: object) -> None:
         return type(value) in (int, float) and -limit <= value <= limit
 
     check("the JSON", metadata, isinstance(metadata, dict), "an object")
+    is_known = not metadata or bool(metadata.keys() & JSON_KEYS)
+    check("the JSON", metadata, is_known, f"{', '.join(JSON_KEYS)}, such as {EXAMPLE}")
     architecture, source, described = (metadata.get(key, {}) for key in ("architecture", "source", "input"))
     check("architecture", architecture, isinstance(architecture, dict), "an object")
     for key in ("bn_eps", "bn_momentum"):

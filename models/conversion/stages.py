@@ -13,7 +13,7 @@ import torch
 from models.common.cli import KerasFileError, VerificationError, echo
 from models.common.job import Message
 from models.conversion.match import match_graph
-from models.conversion.verify import compare_numbers, format_results, probe_images
+from models.conversion.verify import USUAL_ACTIVATION, compare_numbers, format_results, probe_images
 from models.graph import KNOWN_FILES, KNOWN_WIDTHS
 from models.keras.file import KerasFile, Layer
 from models.mapping import MAPPING
@@ -83,6 +83,8 @@ def verify(
         differences = compare_numbers(file, matched, model, images, others, pytorch_input, arrays)
         results = {"keras": answer["keras"], "rebuilt": answer["rebuilt"], **differences}
         lines += format_results(results)
+        if results["largest_activation"] > USUAL_ACTIVATION and pytorch_input.is_identity:
+            lines.append("was the model trained on pixels / 255? then convert it with --std 255")
     return Conversion(model, keras_input, pytorch_input, results)
 
 
