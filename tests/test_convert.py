@@ -228,6 +228,12 @@ def test_usage_errors(model_file, checkpoint, tmp_path, command):
         assert files_in(tmp_path) == before
 
 
+def test_a_normalization_for_pixels_from_0_to_1_is_noted(tmp_path, command):
+    for mean, note in (("0.5", "--mean 127.5 --std 63.75"), ("1", "")):
+        _, out, _ = command(tmp_path / "x.h5", "--no-verify", "--mean", mean, "--std", "0.25")
+        assert ("note:" in out) == bool(note) and note in out
+
+
 def test_wrong_normalization(model_file, tmp_path, command):
     for option, *values in (["--mean", 1, 2], ["--std", 1, 2, 3], ["--mean", "nan"], ["--std", "inf"]):
         status, _, errors = command(model_file, "--no-verify", option, *values)
