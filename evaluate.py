@@ -91,6 +91,8 @@ def evaluate(options: argparse.Namespace) -> int:
         checkpoints.append(load_checkpoint(path, dataset, notes, options, like))
         predictions.append(predict(checkpoints[-1], name))
         hashes.append(predictions[-1].sha256 or checkpoints[-1].sha256)
+        if predictions[-1].normalization != checkpoints[-1].normalization:
+            notes.add(f"{path.name} has integer inputs: {predictions[-1].normalization} instead")
         for note in predictions[-1].notes:
             notes.add(note)
     first, ours, compared, keras = checkpoints[0], predictions[0], predictions[1:], None

@@ -6,7 +6,7 @@ import pickle
 import re
 import resource
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from tests.evaluating import (
     scaling,
     with_few_images,
 )
-from tests.runtime_files import logits_of, write_onnx
+from tests.runtime_files import logits_of, write_onnx, write_tflite
 
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3}
 SCALED = {"mean": [120.0] * 3, "std": [64.0] * 3}
@@ -183,9 +183,9 @@ def test_normalization_is_given_or_from_a_json_or_noted(folder, arguments, expec
         assert ("mean 120 120 120, std 64 64 64" in text) == (SCALED in (metrics["input"], expected))
 
 
-def test_near_chance_and_a_modified_file_are_noted(folder, monkeypatch):
+def test_near_chance_and_a_modified_file_are_noted(folder, sample, monkeypatch):
     """Of Keras too; and that its normalization is not the option's."""
-    path, labels = folder / "other.pt", np.arange(100) % 10
+    path, labels = folder / "other.pt", sample.labels[:100]
     save(random_model(), path, input=scaling(0.0, 255.0), sha256="0" * 64)
     keras = Predictions("Keras", path, np.log(np.full((100, 10), 0.1)), labels, Normalization.from_args(3))
     monkeypatch.setattr(evaluate, "keras_baseline", lambda *_: keras)
@@ -229,6 +229,11 @@ def test_a_better_normalization_of_a_file_in_a_runtime_is_named(tmp_path, sample
     stdout, metrics = evaluated("d.onnx", "--no-keras", cwd=tmp_path)
     assert right.options in metrics["notes"][-1] and "100.0 %" in metrics["notes"][-1]
     assert "ResNet8" not in stdout
+    (tmp_path / "d.onnx.json").write_text(json.dumps({"input": asdict(right)}))
+    write_tflite(tmp_path / "c.tflite", dtype="int8")
+    _, metrics = evaluated("d.onnx", "c.tflite", "--no-keras", cwd=tmp_path)
+    assert metrics["input"] == asdict(right) and metrics["compared"][0]["input"] == PLAIN
+    assert any("c.tflite" in note and "integer" in note for note in metrics["notes"])
 
 
 # Files that are not as `convert.py` writes them
