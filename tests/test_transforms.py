@@ -83,3 +83,6 @@ def test_layer_activations(sample):
     with pytest.raises(TypeError):
         layer_activations(model, sample.images[:4])  # an array, not a tensor
     assert not any(module._forward_hooks for module in model.modules())  # also after the error
+    model.layer2.bn1.train()
+    with pytest.raises(ValueError, match="train mode"):
+        layer_activations(model, images)
