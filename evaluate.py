@@ -259,13 +259,13 @@ def parse_arguments() -> argparse.Namespace:
         ".pt, .safetensors, .onnx, .tflite, .pt2",
     )
     add = parser.add_argument_group("images").add_argument
-    add("--data-dir", metavar="DIR", type=Path, help="CIFAR-10 folder (default: data)")
+    add("--data-dir", metavar="DIR", type=Path, help="CIFAR-10 folder (default: data, then Keras's)")
     add(
         "--data",
         choices=PARTS,
         default="auto",
         help="full test set, 1,000-image sample, or MLPerf Tiny's 200 (perf) or 500 (calibration) images "
-        "(default: full if present, else sample)",
+        "(default: full; sample if no DIR is named and none is found)",
     )
     add("--download", action="store_true", help="download the test set to --data-dir if missing")
     cli.add_shared_options(parser.add_argument_group("input"))
@@ -323,9 +323,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--keras and --no-keras cannot be combined")
     if options.max_drop is not None and options.no_keras and len(options.files) == 1:
         parser.error("--max-drop needs a Keras baseline or another file to measure a drop from")
-    if options.data_dir and options.data == "auto":
-        options.data = "full"  # an explicit --data-dir must contain the test set
-    options.data_dir = options.data_dir or cli.in_repository("data")
     return options
 
 

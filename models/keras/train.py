@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torchvision  # noqa: F401  # for data/cifar10.py: imported after TensorFlow, it crashes Python
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -185,7 +184,7 @@ def main() -> int:
     """Parse the command line and train; return the exit status."""
     parser = make_parser(__doc__, prog="python -m models.keras.train")
     add = parser.add_argument
-    add("--data-dir", type=Path, default=in_repository("data"), help="folder of cifar-10-batches-bin/ (data)")
+    add("--data-dir", type=Path, help="folder of cifar-10-batches-bin/ (data, then Keras's)")
     add("--download", action="store_true", help="download CIFAR-10 into --data-dir if it is missing")
     add("--epochs", type=positive_int, default=300, help="passes over the training images (300)")
     add("--width", type=positive_int, default=16, help="filters of the first stage (16)")

@@ -125,7 +125,7 @@ def main() -> int:
     """Print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-10 (data)")
+    parser.add_argument("--data-dir", type=Path, help="folder of CIFAR-10 (data)")
     options = parser.parse_args()
     try:
         data, model = load_test(options.data_dir), ResNet8.from_checkpoint(options.checkpoint)

@@ -199,7 +199,7 @@ def measure(keras_file, data_dir, rounds, quick):
     print(f"{machine()}; model {keras_file.name}; {dataset.name}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = ["--data-dir", data_dir, "--data", dataset.part or "full"]
+        data = ["--data", dataset.part or "full", *(["--data-dir", data_dir] if data_dir else [])]
         keras_file = shutil.copy(keras_file, folder / "resnet8.h5")  # the cache of predictions is beside it
         costs, inference = measure_commands(keras_file, data, folder, rounds)
         print(commands_table(costs), f"\n\nThe repeated evaluate.py has {inference:.2f} s of inference.")
@@ -227,12 +227,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--keras", metavar="FILE", type=Path, default=BUNDLED, help="Keras ResNet8 (the bundled one)")
-    add("--data-dir", metavar="DIR", type=Path, default=ROOT / "data", help="folder of CIFAR-10 (data)")
+    add("--data-dir", metavar="DIR", type=Path, help="folder of CIFAR-10 (data)")
     add("--rounds", metavar="N", type=positive_int, default=3, help="rounds (3)")
     add("--quick", action="store_true", help="1,000 images and few files, to test the benchmark")
     options = parser.parse_args()
     try:
-        measure(options.keras.resolve(), options.data_dir.resolve(), options.rounds, options.quick)
+        data_dir = options.data_dir and options.data_dir.resolve()
+        measure(options.keras.resolve(), data_dir, options.rounds, options.quick)
     except (DataError, OSError, RuntimeError) as error:
         print_error(str(error))
         return 1
