@@ -1,6 +1,7 @@
-"""models/transforms.py: folded and rotated networks equal the original; activations of every layer."""
+"""models/transforms.py: equivalent networks equal the original; activations of every layer."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from torch import nn
 
 from models.graph import GRAPH
 from models.resnet8 import SamePadConv2d
-from models.transforms import fold_batch_norm, layer_activations, rotate_180
+from models.transforms import (
+    fold_batch_norm,
+    layer_activations,
+    pad_symmetrically,
+    rotate_180,
+    transfer_weights,
+)
 from tests.evaluating import random_model
 
 LOGITS = 3e-14  # bound in float64, relative to the largest logit
@@ -56,6 +63,93 @@ def test_rotation_refuses_sizes_where_it_would_differ(size):
         rotate_180(model, size)
     with torch.inference_mode(), contextlib.suppress(RuntimeError):  # the refusal is needed
         assert (rotate_180(model)(images.flip(2, 3)) - model(images)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("width", "size"), [(16, (32, 32)), (5, (4, 4)), (5, (8, 20))])
+def test_network_with_4x4_kernels_is_equal(width, size):
+    model, images = random_model(width=width).double(), 255 * torch.rand(3, 3, *size, dtype=torch.float64)
+    padded, before = pad_symmetrically(model), model.state_dict()
+    with torch.inference_mode():
+        assert (padded(images) - model(images)).abs().max() <= LOGITS * model(images).abs().max()
+    convolutions = [module for module in padded.modules() if isinstance(module, nn.Conv2d)]
+    assert {(c.kernel_size, c.stride, c.padding) for c in convolutions} == {
+        ((3, 3), (1, 1), (1, 1)),
+        ((4, 4), (2, 2), (1, 1)),
+        ((1, 1), (2, 2), (0, 0)),
+    }
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class OtherBlock(nn.Module):
+    """A block as in PyTorch classes of others: padding=1, or an asymmetric padding of its own."""
+
+    def __init__(self, channels, outputs, stride, bias, is_exact):
+        super().__init__()
+        conv = partial(nn.Conv2d, bias=bias)
+        padding = [nn.ZeroPad2d((0, 1, 0, 1))] if is_exact and stride == 2 else []
+        self.pad = nn.Sequential(*padding)
+        self.path = nn.Sequential(
+            conv(channels, outputs, 3, stride, padding=0 if padding else 1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            conv(outputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+        )
+        self.skip = conv(channels, outputs, 1, stride) if stride == 2 else nn.Identity()
+
+    def forward(self, x):
+        return (self.path(self.pad(x)) + self.skip(x)).relu()
+
+
+def other_network(entry_bias, bias, is_exact=False):
+    """Return a network in train mode, and the names of its layers by those of ResNet8."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=entry_bias),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        OtherBlock(16, 16, 1, bias, is_exact),
+        OtherBlock(16, 32, 2, bias, is_exact),
+        OtherBlock(32, 64, 2, bias, is_exact),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+    names = {"conv1": "0", "bn1": "1", "fc": "8"}
+    for number, block in (("1", "3"), ("2", "4"), ("3", "5")):
+        parts = {"conv1": "path.0", "bn1": "path.1", "conv2": "path.3", "bn2": "path.4"}
+        names |= {f"layer{number}.{part}": f"{block}.{name}" for part, name in parts.items()}
+        names |= {f"layer{number}.downsample": f"{block}.skip"} if number > "1" else {}
+    return network, names
+
+
+@pytest.mark.parametrize(
+    ("biases", "strided"),
+    [((True, True), (4, 4)), ((False, True), (4, 4)), ((False, False), (4, 4)), ((True, True, True), (3, 3))],
+    ids=["mlcommons", "eml-eda", "executorch", "executorch-22707"],
+)
+def test_other_classes_with_transferred_weights_are_equal(sample, biases, strided):
+    """Of the shape of the classes named, which differ in biases, epsilon and padding."""
+    model, images = random_model().double(), torch.from_numpy(sample.images[:10]).double()
+    network, names = other_network(*biases)
+    network, before = network.double(), {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):  # the second time its kernels are 4x4 already
+        assert transfer_weights(model, network, names) is network
+    with torch.inference_mode():
+        assert (network(images) - model(images)).abs().max() <= LOGITS * model(images).abs().max()
+    assert network[4].path[0].kernel_size == strided and network[4].path[1].eps == 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_transferring_weights_to_missing_layers_is_an_error():
+    network, names = other_network(True, True)
+    with pytest.raises(AttributeError):
+        transfer_weights(random_model(), network, names | {"fc": "head"})
+    with pytest.raises(RuntimeError, match=r"4.skip.weight"):
+        transfer_weights(
+            random_model(), network, {k: name for k, name in names.items() if k != "layer2.downsample"}
+        )
+    with pytest.raises(RuntimeError, match=r"0.weight"):
+        transfer_weights(random_model(width=8), network, names)
 
 
 def test_folded_network_is_equal(sample):
