@@ -28,14 +28,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data import cifar10
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "RECIPES.md"
 BUNDLED = ROOT / "checkpoints/resnet8_keras.h5"
 ALONE = "Classify an image"  # without the first lines of its chapter
-LARGE = {  # packages that `make test` does not install
-    "ExecuTorch": "executorch",
-    "ExecuTorch's own ResNet8": "executorch",
-}
+LARGE = {"ExecuTorch": "executorch"}  # packages that `make test` does not install
+OTHER_CLASS = "from tests.other_classes import MLCommons as Resnet8v1EEMBC\n"  # utils/model.py of its recipe
 SIZES = {"perf": 200, "calibration": 500}
 
 
@@ -71,17 +71,14 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
 
 def run_recipe(name: str, recipe: Recipe, data_dir: Path | None) -> dict:
     """Run a recipe in the current folder; return its results, or the error's traceback."""
-    here = 'from_checkpoint("/path/to/this/repository/checkpoints'  # the folder has a checkpoint of its own
     namespace: dict = {}
     output, start = io.StringIO(), cpu_seconds()
     try:
         with contextlib.redirect_stdout(output):
-            exec(compile(recipe.opening, "opening", "exec"), namespace)
+            exec(compile(located(recipe.opening), "opening", "exec"), namespace)
             for language, text in recipe.blocks:
                 if language == "python":
-                    text = text.replace(here, 'from_checkpoint("checkpoints')
-                    text = text.replace("/path/to/this/repository", str(ROOT))
-                    exec(compile(text, name, "exec"), namespace)
+                    exec(compile(located(text), name, "exec"), namespace)
                 elif data_dir:
                     run_commands(text, data_dir)
     except Exception:
@@ -94,6 +91,12 @@ def run_recipe(name: str, recipe: Recipe, data_dir: Path | None) -> dict:
         found |= {"accuracy": result.metrics["accuracy"], "logits": float(logits), **pair}
         found["original"] = original.metrics["accuracy"]
     return found
+
+
+def located(code: str) -> str:
+    """Return code with the repository's path; the folder has a checkpoint of its own."""
+    code = code.replace("/path/to/this/repository/checkpoints", "checkpoints")
+    return code.replace("/path/to/this/repository", str(ROOT))
 
 
 def cpu_seconds() -> float:
@@ -130,9 +133,9 @@ def prepare_folder(folder: Path, data_dir: Path | None, checkpoint: Path | None,
     else:
         command = ["convert.py", "--no-verify", "-o", folder / "checkpoints/resnet8.pt"]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    (folder / "utils").mkdir()
+    (folder / "utils/model.py").write_text(OTHER_CLASS)
     from PIL import Image
-
-    from data import cifar10
 
     sample = cifar10.load_test(which="sample")
     Image.fromarray(sample.images[0].transpose(1, 2, 0)).save(folder / "photo.png")
@@ -140,11 +143,9 @@ def prepare_folder(folder: Path, data_dir: Path | None, checkpoint: Path | None,
 
 def replace_images_by_the_sample() -> None:
     """Replace all other images by bundled ones."""
-    from data import cifar10
-
     sample = cifar10.load_test(which="sample")
 
-    def part(_: Path, which: str = "auto", download: bool = False) -> cifar10.Dataset:
+    def part(_: Path | None = None, which: str = "auto", download: bool = False) -> cifar10.Dataset:
         count = SIZES.get(which, len(sample))
         chosen = slice(None, None, len(sample) // count)
         return replace(sample, images=sample.images[chosen], labels=sample.labels[chosen])
@@ -156,10 +157,11 @@ def replace_images_by_the_sample() -> None:
 def run_chapter(names: list[str], folder: Path, data_dir: Path | None) -> dict[str, dict]:
     """Run recipes of one chapter in this process, in a prepared folder."""
     recipes = read_recipes()
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(folder)]
     if not data_dir:
         replace_images_by_the_sample()
     os.chdir(folder)
+    cifar10.DATA_DIR = folder / "data"
     return {name: run_recipe(name, recipes[name], data_dir) for name in names}
 
 

@@ -25,20 +25,29 @@ EXPECTED = {
     "Export": (1000, 1e-4),
     "ONNX": (1000, 1e-2),
     "ExecuTorch": (1000, 1e-2),
-    "ExecuTorch's own ResNet8": (1000, 1e-4),
     "safetensors": (1000, 0),
     "Golden vectors": (1000, 1e-2),
     "Symmetric padding": (1000, 1e-4),
+    "Other PyTorch classes": (1000, 1e-4),
 }
+OTHER_CLASSES = "Other images and classes"
 ON_TFLITE = {"TensorFlow Lite, int8", "MLPerf Tiny, closed division", "int8 golden vectors"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Run all recipes, each chapter in one process."""
+    """Run all recipes, each chapter in one process, with a checkpoint that takes pixels / 255."""
     folder = tmp_path_factory.mktemp("recipes")
-    results = folder.with_suffix(".json")
-    command = [sys.executable, "-m", "tests.recipes", "--folder", folder, "--json", results, *RECIPES]
+    results, checkpoint = folder.with_suffix(".json"), folder.with_suffix(".pt")
+    convert = [sys.executable, "convert.py", "--no-verify", "-o", checkpoint]
+    subprocess.run(convert, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    state, described = torch.load(checkpoint), json.loads(checkpoint.with_suffix(".json").read_text())
+    state["conv1.weight"] *= 255
+    torch.save(state, checkpoint)
+    described["input"] |= {"std": [255.0] * 3}
+    checkpoint.with_suffix(".json").write_text(json.dumps(described))
+    command = [sys.executable, "-m", "tests.recipes", "--folder", folder, "--json", results]
+    command += ["--checkpoint", checkpoint, *RECIPES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert results.is_file(), done.stderr
     results.rename(folder / "found.json")
@@ -56,6 +65,10 @@ def test_recipe(results, name):
     assert "error" not in found, found["error"]
     if name == ALONE:
         assert found["printed"].startswith("cat")  # the first bundled image shows one
+    elif name == OTHER_CLASSES:
+        accuracies = re.findall(r"^(\w+) +(\d+\.\d)%$", found["printed"], re.MULTILINE)
+        assert [class_name for class_name, _ in accuracies] == "bird cat deer dog frog horse".split()
+        assert all(float(accuracy) > 75 for _, accuracy in accuracies)
     elif name == "Fine-tune":
         assert found["accuracy"] >= found["original"]  # trained on the very images
     elif name not in ON_TFLITE:
@@ -66,11 +79,17 @@ def test_recipe(results, name):
 
 
 def test_every_recipe_has_a_test():
-    assert set(read_recipes()) == {ALONE, "Fine-tune", *EXPECTED, *ON_TFLITE}
+    assert set(read_recipes()) == {ALONE, "Fine-tune", OTHER_CLASSES, *EXPECTED, *ON_TFLITE}
 
 
 def test_fine_tuning_shows_loss_and_held_out_accuracy(results):
     assert re.search(r"\b1\b.*\b0\.\d+\b.*\d%", results["Fine-tune"]["printed"])
+
+
+def test_int8_file_has_its_normalization(folder):
+    assert (folder / "int8.pt2").is_file()
+    described = json.loads((folder / "int8.pt2.json").read_text())
+    assert described == {"input": {"mean": [0.0] * 3, "std": [255.0] * 3}}
 
 
 def test_pruned_weights_are_saved_and_stay_zero(results, folder):

@@ -17,6 +17,8 @@ from models.transforms import (
     transfer_weights,
 )
 from tests.evaluating import random_model
+from tests.other_classes import EmlEda, ExecuTorch, MLCommons
+from tests.recipes import read_recipes
 
 LOGITS = 3e-14  # bound in float64, relative to the largest logit
 
@@ -80,76 +82,44 @@ def test_network_with_4x4_kernels_is_equal(width, size):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-class OtherBlock(nn.Module):
-    """A block as in PyTorch classes of others: padding=1, or an asymmetric padding of its own."""
-
-    def __init__(self, channels, outputs, stride, bias, is_exact):
-        super().__init__()
-        conv = partial(nn.Conv2d, bias=bias)
-        padding = [nn.ZeroPad2d((0, 1, 0, 1))] if is_exact and stride == 2 else []
-        self.pad = nn.Sequential(*padding)
-        self.path = nn.Sequential(
-            conv(channels, outputs, 3, stride, padding=0 if padding else 1),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            conv(outputs, outputs, 3, padding=1),
-            nn.BatchNorm2d(outputs),
-        )
-        self.skip = conv(channels, outputs, 1, stride) if stride == 2 else nn.Identity()
-
-    def forward(self, x):
-        return (self.path(self.pad(x)) + self.skip(x)).relu()
-
-
-def other_network(entry_bias, bias, is_exact=False):
-    """Return a network in train mode, and the names of its layers by those of ResNet8."""
-    network = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=entry_bias),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        OtherBlock(16, 16, 1, bias, is_exact),
-        OtherBlock(16, 32, 2, bias, is_exact),
-        OtherBlock(32, 64, 2, bias, is_exact),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, 10),
-    )
-    names = {"conv1": "0", "bn1": "1", "fc": "8"}
-    for number, block in (("1", "3"), ("2", "4"), ("3", "5")):
-        parts = {"conv1": "path.0", "bn1": "path.1", "conv2": "path.3", "bn2": "path.4"}
-        names |= {f"layer{number}.{part}": f"{block}.{name}" for part, name in parts.items()}
-        names |= {f"layer{number}.downsample": f"{block}.skip"} if number > "1" else {}
-    return network, names
+def other_names(repository):
+    """Return the names of a class's layers by those of ResNet8, from the table in RECIPES.md."""
+    namespace = {}
+    exec(read_recipes()["Other PyTorch classes"].blocks[0][1], namespace)
+    return dict(zip(namespace["own"].split(), namespace["others"][repository].split(), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("biases", "strided"),
-    [((True, True), (4, 4)), ((False, True), (4, 4)), ((False, False), (4, 4)), ((True, True, True), (3, 3))],
-    ids=["mlcommons", "eml-eda", "executorch", "executorch-22707"],
+    ("repository", "build", "strided"),
+    [
+        ("mlcommons/tiny", MLCommons, (4, 4)),
+        ("eml-eda/pytorch-benchmarks", EmlEda, (4, 4)),
+        ("ExecuTorch", ExecuTorch, (4, 4)),
+        ("ExecuTorch", partial(ExecuTorch, is_aligned=True), (3, 3)),
+    ],
 )
-def test_other_classes_with_transferred_weights_are_equal(sample, biases, strided):
-    """Of the shape of the classes named, which differ in biases, epsilon and padding."""
+def test_other_classes_with_transferred_weights_are_equal(sample, repository, build, strided):
+    """They differ from Keras in biases, epsilon and padding."""
     model, images = random_model().double(), torch.from_numpy(sample.images[:10]).double()
-    network, names = other_network(*biases)
-    network, before = network.double(), {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    network, names = build().double(), other_names(repository)
     for _ in range(2):  # the second time its kernels are 4x4 already
         assert transfer_weights(model, network, names) is network
     with torch.inference_mode():
         assert (network(images) - model(images)).abs().max() <= LOGITS * model(images).abs().max()
-    assert network[4].path[0].kernel_size == strided and network[4].path[1].eps == 1e-5
+    assert network.get_submodule(names["layer2.conv1"]).kernel_size == strided
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_transferring_weights_to_missing_layers_is_an_error():
-    network, names = other_network(True, True)
+    model, names = random_model(), other_names("mlcommons/tiny")
     with pytest.raises(AttributeError):
-        transfer_weights(random_model(), network, names | {"fc": "head"})
-    with pytest.raises(RuntimeError, match=r"4.skip.weight"):
-        transfer_weights(
-            random_model(), network, {k: name for k, name in names.items() if k != "layer2.downsample"}
-        )
-    with pytest.raises(RuntimeError, match=r"0.weight"):
-        transfer_weights(random_model(width=8), network, names)
+        transfer_weights(model, MLCommons(), names | {"fc": "head"})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        transfer_weights(random_model(width=8), MLCommons(), names)
+    del names["layer2.downsample"]
+    with pytest.raises(RuntimeError, match=r"second_stack.residual.weight"):
+        transfer_weights(model, MLCommons(), names)
 
 
 def test_folded_network_is_equal(sample):
