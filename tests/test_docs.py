@@ -79,15 +79,20 @@ def test_options_in_pages_exist():
 
 
 @pytest.mark.parametrize(
-    ("model", "commands"),
+    ("model", "options", "commands"),
     [
-        ("", [["convert.py"], ["evaluate.py"]]),
-        ("a/my.h5", [["convert.py", "a/my.h5", "-o", "a/my.pt"], ["evaluate.py", "a/my.pt"]]),
-        ("my.keras", [["convert.py", "my.keras", "-o", "my.pt"], ["evaluate.py", "my.pt"]]),
-        ("my model.h5", [["convert.py", "my model.h5", "-o", "my model.pt"], ["evaluate.py", "my model.pt"]]),
+        ("", "", [["convert.py"], ["evaluate.py"]]),
+        ("a/my.h5", "", [["convert.py", "a/my.h5", "-o", "a/my.pt"], ["evaluate.py", "a/my.pt"]]),
+        (
+            "b.keras",
+            "--std 2",
+            [["convert.py", "b.keras", "-o", "b.pt", "--std", "2"], ["evaluate.py", "b.pt"]],
+        ),
+        ("a b.h5", "", [["convert.py", "a b.h5", "-o", "a b.pt"], ["evaluate.py", "a b.pt"]]),
     ],
 )
-def test_make_converts_and_evaluates_a_model(model, commands):
-    shown = subprocess.run(["make", "-n", f"MODEL={model}"], cwd=ROOT, capture_output=True, text=True)
+def test_make_converts_and_evaluates_a_model(model, options, commands):
+    arguments = ["make", "-n", f"MODEL={model}", f"ARGS={options}"]
+    shown = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     scripts = [line.partition("python ")[2] for line in shown.stdout.splitlines() if ".py" in line]
     assert [shlex.split(line) for line in scripts][-2:] == commands
