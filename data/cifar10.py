@@ -67,7 +67,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled images; the sizes and numbers are CIFAR-10's, and those of other images may differ."""
+    """Labelled images; the sizes below are CIFAR-10's."""
 
     name: str  # "CIFAR-10 test set", "CIFAR-10 sample", "MLPerf Tiny perf set" or "... calibration set"
     images: np.ndarray  # (N, 3, 32, 32) uint8, NCHW, RGB
