@@ -74,6 +74,22 @@ GRAPH = {  # by PyTorch module name
     "fc": Node(DENSE, ["avgpool"]),
 }
 
+DEFAULTS = {  # Keras's value of an option that a configuration lacks, where GRAPH's first one is another
+    "Conv2D": {"kernel_size": None, "strides": [1, 1], "padding": "valid"},
+    "ZeroPadding2D": {"padding": [[1, 1], [1, 1]]},
+    "BatchNormalization": {"epsilon": 1e-3, "momentum": 0.99},
+    "Activation": {"activation": None},
+    "AveragePooling2D": {"pool_size": [2, 2]},
+    "Rescaling": {"offset": 0.0},
+}
+OPERATIONS = {  # operation (Keras 3), or function of a TFOpLambda (Keras 2) -> layer that computes the same
+    "Relu": "ReLU",
+    "nn.relu": "ReLU",
+    "nn.softmax": "Softmax",
+    "math.add": "Add",
+    "__operators__.add": "Add",  # x + y
+}
+
 INPUT_NORMALIZATION = {  # layers allowed between input and conv1, with one value per channel or one for all
     "Rescaling": {},
     "Normalization": {"axis": [-1, 3, [-1], [3], None, []], "invert": [False]},
@@ -82,8 +98,11 @@ INPUT_NORMALIZATION = {  # layers allowed between input and conv1, with one valu
 # MLPerf Tiny's image classification models all have this graph: IC01, IC02 (since April 2026), and another
 # file that was published as IC01 for some weeks. Source: mlcommons/tiny,
 # benchmark/training/image_classification/trained_models/
-KNOWN_FILES = {  # by SHA-256; this is pretrainedResnet.h5
+KNOWN_FILES = {  # by SHA-256: pretrainedResnet.h5, pretrainedResnet_quant.tflite
     "5f938a8eea605438cc7360aa13c987bc6d7bd0c8d931b2917361ae7ae4eeda2f": "MLPerf Tiny IC01",
+    "3c002613d1b2475eb51dd78dfb85a546c8ae658dee71cf6ade43b022fe205415": "MLPerf Tiny IC01, int8",
+    # pretrainedResnet_large_float.tflite of v1.4, as quoted by a public copy; the file was not at hand
+    "fb17ae9c1b6d0e5bd97f0f35024f207556261d7310b249716c87cc0628214b0e": "MLPerf Tiny IC02",
 }
 KNOWN_WIDTHS = {  # for 10 classes of 3 x 32 x 32 images: model with this width, multiply-accumulates
     16: ("MLPerf Tiny IC01", 12_501_632),

@@ -56,6 +56,9 @@ def test_computes_what_keras_computes(keras_files, expected, tmp_path, writer, s
         ("tf_keras", "nested.h5", True),
         ("tf_keras", "noisy.keras", True),
         ("tf_keras", "shortcut_first.legacy.h5", True),
+        ("keras", "operations.keras", True),
+        ("tf_keras", "operations.h5", True),  # Keras 3 cannot load it
+        ("keras", "zero_padding.h5", True),
     ],
 )
 def test_keras_agrees(keras_files, keras, tmp_path, writer, name, is_softmax):

@@ -47,7 +47,8 @@ def match_nodes(file: KerasFile) -> dict[str, Layer]:
     """Match all layers, as `match_graph` does."""
     inputs = inputs_of(file)
     unmatched = [layer for layer in file.layers[1:] if not layer.is_identity]
-    matched = {"input": file.layers[0]}
+    sides = file.input_shape[:2] if merge_paddings(unmatched, inputs) else [None, None]
+    matched, reduction = {"input": file.layers[0]}, {"input": 1}  # of the image's size, by node
     for layer in unmatched.copy():
         if layer.class_name in INPUT_NORMALIZATION and inputs[layer.name] == [matched["input"].name]:
             check_options(layer, INPUT_NORMALIZATION[layer.class_name], "input")
@@ -60,6 +61,11 @@ def match_nodes(file: KerasFile) -> dict[str, Layer]:
         unmatched.remove(matched[node])
 
     for node, (required, sources, _) in GRAPH.items():
+        before, stride = reduction[sources[0]], usual_options(required).get("strides", [1])[0]
+        reduction[node] = before * stride
+        if required.get("kernel_size") == [[3, 3]] and (stride == 1 or None not in sides):
+            zeros = [[1, 1] if stride == 1 else [-(-side // before) % 2, 1] for side in sides]
+            required = {**required, "padding": [*required["padding"], zeros]}  # 'same' adds these
         match(node, required, sources)
     if unmatched and matched["fc"].config.get("activation") != "softmax":
         match("softmax", SOFTMAX, ["fc"])
@@ -70,6 +76,23 @@ def match_nodes(file: KerasFile) -> dict[str, Layer]:
     check_pooling(file, matched["avgpool"])
     check_batch_norms([layer for layer in matched.values() if layer.class_name == "BatchNormalization"])
     return matched
+
+
+def merge_paddings(layers: list[Layer], inputs: dict[str, list[str]]) -> bool:
+    """Make each ZeroPadding2D the padding option of the one 'valid' convolution after it, in place.
+
+    Return whether there was one.
+    """
+    length = len(layers)
+    for padding in [layer for layer in layers if layer.class_name == "ZeroPadding2D"]:
+        readers = [layer for layer in layers if inputs[layer.name] == [padding.name]]
+        is_last = padding.config.get("data_format") in ("channels_last", None)
+        if is_last and [each.config.get("padding") for each in readers] == ["valid"]:
+            config = {**readers[0].config, "padding": padding.config["padding"]}
+            layers[layers.index(readers[0])] = replace(readers[0], config=config)
+            inputs[readers[0].name] = inputs[padding.name]
+            layers.remove(padding)
+    return len(layers) < length
 
 
 def inputs_of(file: KerasFile) -> dict[str, list[str]]:
@@ -120,7 +143,8 @@ def check_options(layer: Layer, required: dict[str, list], node: str) -> None:
     for option, allowed in required.items():
         value = options.get(option, allowed[0])
         if value not in allowed:
-            reason = f"{option} is {value!r:.60}, expected {allowed[0]!r} ({node})"
+            other = ", PyTorch's padding=1 and another function" if value == [[1, 1], [1, 1]] else ""
+            reason = f"{option} is {value!r:.60}{other}, expected {allowed[0]!r} ({node})"
             raise KerasFileError(f"layer '{layer.name}' ({layer.class_name}): {reason}")
 
 

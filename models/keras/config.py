@@ -8,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 from models.common.cli import KerasFileError
+from models.graph import DEFAULTS, OPERATIONS
 from models.keras.file import FLOATS, TRAINING_LAYERS, Layer
 
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -17,7 +18,7 @@ MAX_CONFIG_BYTES = 4 * 2**20
 KERAS_CLASSES = TRAINING_LAYERS | set(
     """
     Functional Model Sequential InputLayer __keras_tensor__ DTypePolicy Policy SeedGenerator
-    Conv2D BatchNormalization Activation ReLU Softmax Add Dense Flatten Cast
+    Conv2D BatchNormalization Activation ReLU Softmax Add Dense Flatten Cast Relu TFOpLambda
     GlobalAveragePooling2D AveragePooling2D Rescaling Normalization
     Zeros Ones Constant Orthogonal Identity VarianceScaling RandomNormal RandomUniform TruncatedNormal
     HeNormal HeUniform GlorotNormal GlorotUniform LecunNormal LecunUniform
@@ -27,10 +28,18 @@ KERAS_CLASSES = TRAINING_LAYERS | set(
     LeakyReLU PReLU ELU LayerNormalization GroupNormalization CenterCrop RandomCrop Embedding
     """.split()
 )
+CUSTOM_CLASSES = {  # beginning of a class name, after that of its package -> library and next step
+    "PruneLowMagnitude": "tfmot's: save tfmot.sparsity.keras.strip_pruning(model)",
+    "QuantizedDTypePolicy": "of Keras's quantize(): save the model before quantize()",
+    "Quantize": "tfmot's: export the model to .tflite, which evaluate.py evaluates",
+    "Quant": "Larq's, which computes with quantized weights: save the float model",
+    "Q": "QKeras's, which computes with quantized weights: save the float model",
+}
 KERAS_MODULE = re.compile(
     r"(tf_keras|keras|keras\.src|tf_keras\.src)"
     r"(\.(layers|models|initializers|regularizers|constraints|random|(engine|models)\.(functional|sequential|training)"
-    r"|ops\.(numpy|core)|(backend\.)?dtype_policies(\.dtype_policy)?|mixed_precision))?"
+    r"|ops\.(numpy|core|nn)|layers\.core\.tf_op_layer"
+    r"|(backend\.)?dtype_policies(\.dtype_policy)?|mixed_precision))?"
 )
 
 
@@ -97,10 +106,15 @@ def check_class(value: dict) -> None:
     where = f"layer '{layer}'" if isinstance(layer, str) and layer else "model_config"
     advice = "custom classes are not supported"
     if not isinstance(name, str) or name not in KERAS_CLASSES:
-        raise KerasFileError(f"{where} is of class {name}, which a ResNet8 does not have; {advice}")
+        class_name = str(name).rpartition(">")[2]
+        known = [CUSTOM_CLASSES[start] for start in CUSTOM_CLASSES if class_name.startswith(start)]
+        reason = f"of class {name}" + (f" ({known[0]})" if known else "")
+        raise KerasFileError(f"{where} is {reason}, which a ResNet8 does not have; {advice}")
     if name == "Cast" and options.get("dtype") not in FLOATS:
         dtype = f"{options.get('dtype')!r:.60}"
         raise KerasFileError(f"{where} (Cast): dtype is {dtype}, expected a floating-point dtype")
+    if name == "TFOpLambda" and options.get("function") not in list(OPERATIONS):  # of any type
+        raise KerasFileError(f"{where} is the operation {options.get('function')!r:.60}; {advice}")
     module, registered = value.get("module"), value.get("registered_name")
     if module is not None and not (isinstance(module, str) and KERAS_MODULE.fullmatch(module)):
         raise KerasFileError(f"{where}: {name} is from module {module}, expected one of Keras; {advice}")
@@ -173,10 +187,16 @@ def add_model(model: dict, prefix: str, source: str | None, layers: dict[str, La
         if path in layers and not is_model(entry):  # named `m/x`, beside layer x of a nested model m
             raise KerasFileError(f"layer '{path}' is there twice: by its name, and in a model by its path")
         if not is_model(entry):
-            layers[path] = Layer(
-                path, entry["class_name"], entry["config"], tuple(map(resolve, inputs[name]))
-            )
+            layers[path] = as_layer(path, entry, tuple(map(resolve, inputs[name])))
     return resolve(last)
+
+
+def as_layer(path: str, entry: dict, inputs: tuple[str, ...]) -> Layer:
+    """Return an entry as a layer, with Keras's defaults; an operation as the layer that computes the same."""
+    class_name, config = entry["class_name"], entry["config"]
+    operation = config["function"] if class_name == "TFOpLambda" else class_name
+    class_name = OPERATIONS.get(operation, class_name)
+    return Layer(path, class_name, {**DEFAULTS.get(class_name, {}), **config}, inputs)
 
 
 def sequential_entries(config: dict) -> list[dict]:
@@ -225,17 +245,19 @@ def single_end(config: dict, end: str, prefix: str) -> str:
 def input_names(entry: dict, name: str) -> list[str]:
     """Return the names of a layer's input layers, in its own order.
 
-    Raises KerasFileError for a layer that is called twice, or with an argument such as training=True.
+    Raises KerasFileError for a layer that is called twice, or with an argument such as training=True. A
+    TFOpLambda has its second input as the argument y.
     """
     nodes = entry.get("inbound_nodes", [])
     if len(nodes) > 1:
         raise KerasFileError(f"layer '{name}' is used {len(nodes)} times; a ResNet8 shares none")
     names: list[str] = []
+    allowed = ("inputs", "y", "name") if entry["class_name"] == "TFOpLambda" else ("inputs",)
 
     def check_arguments(arguments: dict) -> None:
         for key, value in arguments.items():
             values = value if isinstance(value, list) else [value]
-            if key != "inputs" and not all(item is None or item is False for item in values):
+            if key not in allowed and not all(item is None or item is False for item in values):
                 raise KerasFileError(
                     f"layer '{name}' is called with {key}={value!r:.60}, expected no argument"
                 )

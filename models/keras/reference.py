@@ -285,9 +285,9 @@ def normalized(pixels: np.ndarray, normalization: dict, dtype: str) -> np.ndarra
 
 
 def flat_layers(model: object, prefix: str = "") -> list[tuple[str, object]]:
-    """Return (path, layer) of every layer, also of nested models."""
+    """Return (path, layer) of every layer, also of nested models, and of Keras 3's operations."""
     layers = []
-    for layer in model.layers:
+    for layer in getattr(model, "operations", model.layers):
         path = f"{prefix}{layer.name}"
         layers += flat_layers(layer, f"{path}/") if hasattr(layer, "layers") else [(path, layer)]
     return layers

@@ -5,6 +5,7 @@ Each refusal is of a valid file changed in one place. The message names the laye
 
 import io
 import json
+import re
 import resource
 import shutil
 import struct
@@ -23,7 +24,7 @@ from models.common.job import limit_resources
 from models.keras.config import check_classes
 from models.keras.file import Layer, read_keras_file
 from tests.keras_files import reading
-from tests.keras_files.edits import KERNEL, edit_config, first_of, replace_kernel, with_options
+from tests.keras_files.edits import KERNEL, edit_config, first_of, replace_kernel, with_options, without
 from tests.keras_files.networks import WRITERS
 
 # --- Formats ----------------------------------------------------------------------------------------------
@@ -249,6 +250,9 @@ REFUSED = {  # changed part -> file, edit, words of the message
         *of("GlobalAveragePooling2D", keepdims=True), "'global_average_pooling2d' axes"
     ),
     "channels first": (*of("Conv2D", data_format="channels_first"), "'conv2d' data_format"),
+    "no padding": ("plain.h5", without("Conv2D", "padding"), "'conv2d' padding 'valid'"),  # Keras's default
+    "no strides": ("plain.h5", without("Conv2D", "strides"), "strides [1, 1] [2, 2]"),
+    "no activation": ("epsilon_momentum.h5", without("Activation", "activation"), "activation None relu"),
     "two scales": ("rescaling.h5", with_options("Rescaling", scale=[1.0, 2.0]), "'rescaling'"),
     "scale 0": ("rescaling.h5", with_options("Rescaling", scale=0.0), "mean std"),
     "tiny scale": ("rescaling.h5", with_options("Rescaling", scale=1e-300), "mean std"),
@@ -305,6 +309,9 @@ CONVERTED = {  # change without effect
         "average_pooling.h5",
         with_options("AveragePooling2D", padding="same", strides=[4, 4]),
     ),
+    "no epsilon": ("plain.h5", without("BatchNormalization", "epsilon")),  # Keras's defaults
+    "no momentum": ("plain.h5", without("BatchNormalization", "momentum")),
+    "no offset": ("rescaling.h5", without("Rescaling", "offset")),
     "frozen kernel": ("plain.h5", saved_as("dense", "bias", "kernel")),  # Keras finds the shapes wrong
 }
 
@@ -354,6 +361,7 @@ SMUGGLED = [
     {"class_name": "__numpy__", "config": {"value": [1], "dtype": "object"}},
     {"class_name": "__lambda__", "config": {"value": "4wEAAAA="}},
     {"class_name": "Lambda", "config": {"name": "f", "function": ["4wEAAAA=", None, None]}},
+    {"class_name": "TFOpLambda", "config": {"name": "f", "function": "io.read_file"}},
     {"class_name": "TimeDistributed", "config": {"layer": {"class_name": "Lambda", "config": {}}}},
     {"module": "keras", "class_name": "Zeros", "config": {}, "registered_name": "evil>Zeros"},
     {"class_name": "evil>Zeros", "config": {}},
@@ -366,6 +374,22 @@ SMUGGLED = [
         for dtype in ("uint8", "int32", None, {"class_name": "DTypePolicy"})
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("QConv2D", "QKeras"),
+        ("Larq>QuantConv2D", "Larq"),
+        ("QuantizeWrapperV2", "tfmot"),
+        ("PruneLowMagnitude", "strip_pruning"),
+        ("QuantizedDTypePolicy", "quantize()"),
+    ],
+)
+def test_class_of_a_known_library_is_named(name, word):
+    with pytest.raises(KerasFileError, match=re.escape(word)) as caught:
+        check_classes({"layers": [{"class_name": name, "config": {"name": "odd"}}]})
+    assert name in str(caught.value) and "'odd'" in str(caught.value)
 
 
 @pytest.mark.parametrize("smuggled", SMUGGLED, ids=lambda value: str(value.get("class_name")))

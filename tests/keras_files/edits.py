@@ -26,6 +26,17 @@ def with_options(class_name, **options):
     return edit_config(lambda config: first_of(config, class_name)["config"].update(options))
 
 
+def without(class_name, option):
+    """Return an edit that removes an option of all layers of a class."""
+
+    def change(config):
+        for entry in config["config"]["layers"]:
+            if entry["class_name"] == class_name:
+                del entry["config"][option]
+
+    return edit_config(change)
+
+
 def replace_kernel(make, name=KERNEL):
     """Return an edit that replaces the first kernel by `make(file, name)`."""
 

@@ -133,6 +133,21 @@ def cast(_: ModuleType, x: object) -> object:
     return importlib.import_module("keras").ops.cast(x, "float64")
 
 
+def operation(name: str) -> Callable:
+    """Return a layer of no class: an operation of Keras 3, or for Keras 2 of TensorFlow."""
+
+    def call(L: ModuleType, x: object) -> object:
+        is_keras2 = "tf_keras" in L.__name__
+        library = importlib.import_module("tensorflow" if is_keras2 else "keras.ops")
+        return getattr(library.nn, name)(x)
+
+    return call
+
+
+def padded_conv(filters: int, strides: int, zeros: object) -> Callable:
+    return lambda L, x: L.Conv2D(filters, 3, strides)(L.ZeroPadding2D(zeros)(x))
+
+
 def noisy(K: ModuleType) -> object:
     """Augmentation, dropout and noise in all usual places."""
 
@@ -275,9 +290,16 @@ VARIANTS = {
         "layer2.downsample": lambda L, x: L.Conv2D(2 * WIDTH, 1, 2)(x),
         "layer3.downsample": lambda L, x: L.Conv2D(4 * WIDTH, 1, 2)(x),
     }),
-    "operator_add": variant(
-        change=each("layer1.add layer2.add layer3.add", lambda L, x: x[0] + x[1]), writers=KERAS3
-    ),
+    "operations": variant(change={
+        **each("layer1.add layer2.add layer3.add", lambda L, x: x[0] + x[1]),
+        **each(RELUS, operation("relu")),
+        "fc": lambda L, x: operation("softmax")(L, L.Dense(CLASSES)(x)),
+    }),
+    "zero_padding": variant(shape=(20, 17, 3), writers=KERAS3, change={  # the zeros of 'same'
+        "conv1": padded_conv(WIDTH, 1, 1),
+        "layer2.conv1": padded_conv(2 * WIDTH, 2, ((0, 1), (1, 1))),
+        "layer3.conv1": padded_conv(4 * WIDTH, 2, ((0, 1), (1, 1))),
+    }),
     "casts": variant(writers=KERAS3, change={
         "input": cast,
         "relu1": lambda L, x: cast(L, L.ReLU()(x)),
@@ -302,13 +324,16 @@ ONLY = {  # the other variants have the same configuration and weights in these 
     ("keras", ".keras"): """
         plain shortcut_first full_size any_input no_bias no_scale epsilon_momentum rescaling_numpy
         rescaling_normalization logits noisy normalization_adapted nested dict_output integer_input
-        nested_stages nested_deep nested_frozen compiled operator_add casts float16 float64 mixed_float16
+        nested_stages nested_deep nested_frozen compiled operations casts float16 float64 mixed_float16
     """.split(),
     ("keras", ".weights.h5"): """
         plain shortcut_first full_size gray four_channels no_bias no_scale_no_center epsilon_momentum logits
         noisy nested_deep nested_frozen nested_partly_frozen compiled float16 bfloat16
     """.split(),
-    ("tf_keras", ".keras"): "plain shortcut_first noisy nested nested_deep normalization_adapted".split(),
+    (
+        "tf_keras",
+        ".keras",
+    ): "plain shortcut_first noisy nested nested_deep normalization_adapted operations".split(),
     ("tf_keras", ".weights.h5"): "plain shortcut_first nested_deep full_size".split(),
 }
 

@@ -12,6 +12,7 @@ from tests.keras_files.networks import (
     WIDTH,
     Variant,
     each,
+    padded_conv,
     pooled_by,
     resnet8,
     variant,
@@ -136,10 +137,8 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     "groups": at("layer1.conv1", conv_with(groups=2), "odd groups 2 1"),
     "kernel_5": at("layer1.conv1", conv_with(kernel_size=5), "odd kernel_size 5 3"),
     "valid_padding": at("conv1", conv_with(padding="valid"), "odd valid same"),
-    "valid_strided": at(
-        "layer2.conv1",
-        lambda L, x: L.Conv2D(2 * WIDTH, 3, 2, name="odd")(L.ZeroPadding2D(1, name="pad")(x)),
-        "Conv2D layer2.conv1", shape=(17, 17, 3),
+    "pytorch_padding": at(
+        "layer2.conv1", padded_conv(2 * WIDTH, 2, 1), "Conv2D padding 1 PyTorch same layer2.conv1"
     ),
     "depthwise": at(
         "layer1.conv1", named("DepthwiseConv2D", 3, padding="same"), "odd DepthwiseConv2D Conv2D"
