@@ -26,7 +26,6 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` and -P do not add it
 
@@ -38,39 +37,22 @@ from models.common.cli import (
     echo,
     file_path,
     format_table,
-    in_repository,
     make_parser,
     print_error,
     printable,
     run,
 )
-from models.common.files import (
-    KERAS_SUFFIXES,
-    check_outputs,
-    is_checkpoint,
-    json_path,
-    metadata_if_current,
-    write_with_json,
-)
+from models.common.files import check_outputs, json_path, metadata_if_current, write_with_json
 from models.common.job import JobError
 from models.conversion.match import add_rescaling, layers_of_state_dict, place_weights
+from models.conversion.plan import DEFAULT_INPUT, Task, plan
 from models.keras.file import read_keras_content, read_keras_file
 from models.keras.reference import Keras
 from models.normalization import Normalization, fraction_note
 
 # torch is imported inside the functions, so that Keras and the reader start in parallel.
 
-DEFAULT_INPUT = "checkpoints/resnet8_keras.h5"  # in the repository
-OTHER_SUFFIXES = set(".json .onnx .tflite .pt2 .pte .safetensors .hdf5 .pb .npz .npy .zip".split())
 FAILURES = (ValueError, OutputExistsError, VerificationError, JobError, DataError, OSError)
-
-
-class Task(NamedTuple):
-    """An input file and its output."""
-
-    path: Path
-    output: Path
-    to_keras: bool
 
 
 def main() -> int:
@@ -78,9 +60,11 @@ def main() -> int:
     options = parse_arguments()
     if note := fraction_note(options.mean, options.std):
         echo(f"note: {note}")
-    to_keras = any(task.to_keras for task in options.tasks)
+    tasks = [task for task in options.tasks if not task.refusal]
+    to_keras = any(task.to_keras for task in tasks)
+    needs_keras = to_keras or (tasks and not options.no_verify)
     try:
-        with nullcontext() if options.no_verify and not to_keras else Keras(options.keras_python) as keras:
+        with Keras(options.keras_python) if needs_keras else nullcontext() as keras:
             outcomes = [convert(task, options, keras) for task in options.tasks]
     except JobError as error:
         print_error(f"{error}; {advice_without_keras(to_keras)}")
@@ -92,9 +76,11 @@ def main() -> int:
 
 def convert(task: Task, options: argparse.Namespace, keras: Keras | None) -> tuple[dict | None, str]:
     """Convert one file; return (metadata, output), or (None, error message) after printing it."""
-    path, output, to_keras = task
+    path, output, to_keras, reason = task
     shared = {"mean": options.mean, "std": options.std, "verbose": options.verbose}
     try:
+        if reason:
+            raise ValueError(reason)
         check_outputs(output, options.force, path)
         if to_keras:
             back = {"rescaling": options.rescaling, "verify": not options.no_verify, "key": options.key}
@@ -303,30 +289,6 @@ def parse_arguments() -> argparse.Namespace:
     if options.rescaling and not all(task.to_keras for task in options.tasks):
         parser.error("--rescaling requires a PyTorch checkpoint as input")
     return options
-
-
-def plan(files: list[Path], output: str) -> list[Task]:
-    """Return every file's task. Raises ValueError for an invalid `-o`."""
-    is_folder = Path(output or "-").is_dir() or output.endswith(("/", os.sep))
-    if len(files) > 1 and not is_folder and Path(output).suffix in (".pt", ".pth", *KERAS_SUFFIXES):
-        raise ValueError(f"-o {output}: expected a folder for several files")
-    tasks, default = [], in_repository(DEFAULT_INPUT)
-    for path in files or [default]:
-        to_keras = is_checkpoint(path)
-        target = path.with_suffix(".h5" if to_keras else ".pt")
-        if path.absolute() == default.absolute():
-            target = path.with_name("resnet8.pt")
-        if output:
-            target = Path(output, target.name) if is_folder or len(files) > 1 else Path(output)
-        if to_keras != (target.suffix in KERAS_SUFFIXES) or target.suffix.lower() in OTHER_SUFFIXES:
-            expected = " or ".join(KERAS_SUFFIXES) if to_keras else ".pt"
-            raise ValueError(f"-o {target}: expected {expected} as the output for {path}")
-        tasks.append(Task(path, target, to_keras))
-    written = [os.path.realpath(path) for task in tasks for path in (task.output, json_path(task.output))]
-    read = {os.path.realpath(task.path) for task in tasks}
-    if clash := [path for path in written if path in read or written.count(path) > 1]:
-        raise ValueError(f"{clash[0]} would overwrite an input or another output; choose another -o")
-    return tasks
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from data.cifar10 import DataError
 from models.common import cli
 from models.conversion import verify
 from models.conversion.stages import count_parameters
+from models.graph import KNOWN_FILES
 from models.resnet8 import ResNet8
 from tests.conftest import ROOT, STAGES, files_in, passed_stages
+from tests.runtime_files import write_tflite
 
 BLOCKED = ("tensorflow", "keras", "tf_keras", "torchvision", "matplotlib")
 
@@ -191,6 +193,25 @@ def test_several_files(reference_files, keras_files, tmp_path, command):
     assert set(files_in(tmp_path / "out")) == written
 
 
+def test_files_with_one_output_are_named(model_file, tmp_path, command):
+    """And the others are converted; a file that is named twice is converted once."""
+    (tmp_path / "twin").mkdir()
+    paths = [tmp_path / name for name in ("twin/some.model.h5", "other.h5", "x.tflite")]
+    for path in paths[:2]:
+        shutil.copy(model_file, path)
+    write_tflite(paths[2])
+    status, _, errors = command(model_file, *paths, paths[1], "--no-verify", "-o", tmp_path / "out")
+    assert (status, len(errors)) == (1, 3) and set(files_in(tmp_path / "out")) == {"other.json", "other.pt"}
+    assert all(str(path) in error for error in errors[:2] for path in (model_file, paths[0]))
+
+
+def test_known_file_of_another_format_is_named(tmp_path, command, monkeypatch):
+    path = tmp_path / "x.tflite"
+    write_tflite(path)
+    monkeypatch.setitem(KNOWN_FILES, hashlib.sha256(path.read_bytes()).hexdigest(), "some model")
+    assert_refused(command(path, "-o", tmp_path / "y.h5"), path, "evaluate.py", "some model")
+
+
 # Usage and input
 
 
@@ -201,9 +222,6 @@ def test_usage_errors(model_file, checkpoint, tmp_path, command):
     for arguments, words in {
         ("."): "file",
         ("/"): "file",
-        (model_file, twin, "-o", tmp_path): "some.model.pt",
-        (model_file, model_file): "some.model.pt",
-        (model_file, tmp_path / "some.model.keras"): "some.model.pt",
         (model_file, twin, "-o", tmp_path / "one.pt"): "folder",
         (checkpoint, model_file, "-o", tmp_path / "new.h5"): "folder",
         (model_file, "-o", model_file): "expected .pt",

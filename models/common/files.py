@@ -6,11 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,6 +39,12 @@ class Format(Enum):
     TFLITE = "a TensorFlow Lite file"
     SAFETENSORS = "a safetensors file"
     LFS = "a Git LFS pointer"
+    LINK = "a symbolic link stored as text"
+    LINE_ENDS = "an HDF5 file damaged by a conversion of line ends"
+    WEB_PAGE = "a web page"
+    APPLE_DOUBLE = "macOS's metadata of another file"
+    TF_CHECKPOINT = "a part of a TensorFlow checkpoint"
+    SHARDS = "the index of sharded Keras weights"
     SAVED_MODEL = "a SavedModel folder"
     FOLDER = "a folder"
     EMPTY = "empty"
@@ -44,20 +52,55 @@ class Format(Enum):
 
 
 RUNTIME_FORMATS = (Format.ONNX, Format.TFLITE, Format.EXPORTED)  # neither PyTorch nor Keras runs them
+KERAS_FORMATS = (Format.HDF5, Format.KERAS)
+CHECKPOINT_FORMATS = (Format.TORCH, Format.SAFETENSORS)
+UNCLEAR = (Format.ZIP, Format.UNKNOWN, Format.FOLDER)
 ADVICE = {  # next step where a format is not read
     Format.HDF5: "if it is a Keras file, convert.py converts it",
     Format.KERAS: "convert.py converts it",
-    Format.TORCHSCRIPT: "save torch.jit.load(...).state_dict() with torch.save",
+    Format.TORCHSCRIPT: "save torch.jit.load(...).state_dict() with torch.save, or score it from Python "
+    "(evaluate.score), for int8 the only way",
     Format.EXPORTED: "evaluate.py evaluates it, or save torch.export.load(...).state_dict with torch.save",
     Format.ONNX: "evaluate.py evaluates it",
     Format.TFLITE: "evaluate.py evaluates it",
     Format.LFS: "run 'git lfs pull'",
+    Format.LINK: "use the file at this path (git config core.symlinks true)",
+    Format.LINE_ENDS: "copy or download it again in binary mode (git: '*.h5 binary' in .gitattributes)",
+    Format.WEB_PAGE: "download the file itself (GitHub: 'Download raw file')",
+    Format.APPLE_DOUBLE: "use the file without '._' in its name",
+    Format.TF_CHECKPOINT: "load it in Keras (model.load_weights), then model.save('x.keras')",
+    Format.SHARDS: "load it in Keras (model.load_weights), then model.save('x.keras')",
     Format.SAVED_MODEL: "load it in Keras, then model.save('x.keras')",
+}
+PACKAGES = {  # format -> module that reads it, packages to install
+    Format.ONNX: ("onnxruntime", "onnxruntime onnx"),
+    Format.TFLITE: ("ai_edge_litert", "ai-edge-litert"),
+    Format.SAFETENSORS: ("safetensors", "safetensors"),
+}
+# Beginning of a file -> format. Sources: HDF5 File Format Specification 3.0, II.A; LiteRT's schema.fbs,
+# `file_identifier`; git-lfs, docs/spec.md; RFC 1740 (AppleDouble); tensorflow's checkpoint_state.proto.
+MAGIC_NUMBERS = [
+    (re.compile(pattern, re.DOTALL | re.IGNORECASE), found)
+    for pattern, found in (
+        (rb"\x89HDF\r\n\x1a\n", Format.HDF5),
+        (rb"\x89HDF[\r\n]+\x1a[\r\n]", Format.LINE_ENDS),
+        (rb"....TFL3", Format.TFLITE),
+        (rb"version https://git-lfs", Format.LFS),
+        (rb"\s*<(!doctype html|html)", Format.WEB_PAGE),
+        (rb"\x00\x05\x16\x07", Format.APPLE_DOUBLE),
+        (rb"model_checkpoint_path:", Format.TF_CHECKPOINT),
+        (rb"[\w./\\ -]{1,250}\.(h5|keras|pth?|tflite|onnx|safetensors)\s?\Z", Format.LINK),
+    )
+]
+SUFFIXES = {  # of formats without a magic number
+    r"\.onnx": Format.ONNX,
+    r"\.index|\.data-\d{5}-of-\d{5}": Format.TF_CHECKPOINT,
+    r"\.weights\.json": Format.SHARDS,
 }
 
 
 def detect_format(path: Path) -> Format:
-    """Detect a file's format by magic number, archive listing, or the suffix .onnx. Raises OSError."""
+    """Detect a file's format by magic number, archive listing, or suffix. Raises OSError."""
     if path.is_dir():
         return Format.SAVED_MODEL if (path / "saved_model.pb").exists() else Format.FOLDER
     check_regular(path)
@@ -65,27 +108,33 @@ def detect_format(path: Path) -> Format:
         return Format.EMPTY
     with path.open("rb") as file:
         found = detect_content(file)
-    return Format.ONNX if found is Format.UNKNOWN and path.suffix == ".onnx" else found
+    by_suffix = (SUFFIXES[suffix] for suffix in SUFFIXES if re.search(f"({suffix})$", path.name))
+    return next(by_suffix, found) if found is Format.UNKNOWN else found
+
+
+def refusal(found: Format, readable: tuple[Format, ...], expected: str) -> str:
+    """Return why a format is refused, and the next step or `expected`; "" if it is or may be `readable`."""
+    return "" if found in (*readable, *UNCLEAR) else f"is {found.value}; {ADVICE.get(found, expected)}"
+
+
+def check_package(path: Path) -> None:
+    """Raise ValueError, with pip's command, if the package that reads a file is missing. Raises OSError."""
+    found = detect_format(path)
+    module, packages = PACKAGES.get(found, ("sys", ""))
+    if find_spec(module) is None:
+        raise ValueError(f"{path}: is {found.value}, which needs: pip install {packages}")
 
 
 def detect_content(file: BinaryIO) -> Format:
-    """Detect the format of a seekable binary file, open at its start. Nothing is unpacked.
-
-    Magic numbers: HDF5 File Format Specification 3.0, II.A; LiteRT's schema.fbs, `file_identifier`;
-    github.com/huggingface/safetensors, README, "Format"; git-lfs, docs/spec.md.
-    """
-    start = file.read(32)
-    if start.startswith(b"\x89HDF\r\n\x1a\n"):
-        return Format.HDF5
+    """Detect the format of a seekable binary file, open at its start. Nothing is unpacked."""
+    start = file.read(300)
     if start.startswith(b"PK\x03\x04"):
         return detect_archive(file)
-    if start[4:8] == b"TFL3":
-        return Format.TFLITE
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000:  # the library's limit
+    # github.com/huggingface/safetensors, README, "Format"; the library's limit
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000:
         return Format.SAFETENSORS
-    if start.startswith(b"version https://git-lfs"):
-        return Format.LFS
-    return Format.UNKNOWN if start else Format.EMPTY
+    by_magic = (found for pattern, found in MAGIC_NUMBERS if pattern.match(start))
+    return next(by_magic, Format.UNKNOWN) if start else Format.EMPTY
 
 
 def detect_archive(file: BinaryIO) -> Format:
@@ -109,9 +158,9 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a file is a PyTorch checkpoint: by its content, or its suffix where the content is unclear."""
     with suppress(OSError):
         found = detect_format(path)
-        if found in (Format.HDF5, Format.KERAS):
+        if found in KERAS_FORMATS:
             return False
-        if found in (Format.TORCH, Format.TORCHSCRIPT, Format.SAFETENSORS):
+        if found in CHECKPOINT_FORMATS:
             return True
     return path.suffix in CHECKPOINT_SUFFIXES
 
@@ -141,8 +190,6 @@ def check_writable(path: Path) -> None:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if target.is_symlink():  # in a loop
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     if target.exists():
         check_regular(path)
     folder = target.parent
@@ -281,9 +328,6 @@ def check_outputs(output: Path, force: bool, source: Path) -> None:
     metadata, advice = {}, "write elsewhere with -o, or overwrite with --force"
     with suppress(ValueError):
         metadata = read_metadata(output)
-    other = output.with_suffix("") if output.suffix == ".pt" else output.with_name(f"{output.name}.pt")
-    if other.is_file() and metadata.get("sha256") == sha256_of(other):  # both have the same JSON
-        raise OutputExistsError(f"{json_path(output)} is the JSON of {other}; {advice}")
     is_ours = all(metadata.get(key) for key in ("architecture", "source", "sha256"))
     if json_path(output).exists() and not is_ours:
         raise OutputExistsError(f"{json_path(output)} was not written by convert.py; {advice}")

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from models.common.cli import KerasFileError
-from models.common.files import ADVICE, Format, detect_format, read_regular
+from models.common.files import KERAS_FORMATS, detect_format, read_regular, refusal
 from models.common.job import Job, JobError
 
 # Largest file to read: a ResNet8 of width 256 has 20 million parameters, 80 MB, and its optimizer's state.
 MAX_FILE_BYTES = 256 * 2**20
 
+EXPECTED = "expected an HDF5 file or a .keras archive"
 # Layers that do nothing at inference.
 TRAINING_LAYERS = set(
     """
@@ -122,10 +123,8 @@ def read_keras_file(path: Path) -> KerasFile:
     """
     try:
         found = detect_format(path)
-        if found is Format.EMPTY:
-            raise KerasFileError("is empty")
-        if found is Format.SAVED_MODEL:
-            raise KerasFileError(f"is {found.value}; {ADVICE[found]}")
+        if reason := refusal(found, KERAS_FORMATS, EXPECTED):
+            raise KerasFileError(reason)
         content = read_regular(path, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise KerasFileError(f"cannot be read: {error.strerror}") from None

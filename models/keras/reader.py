@@ -20,10 +20,10 @@ import h5py
 import numpy as np
 
 from models.common.cli import KerasFileError, one_line, printable
-from models.common.files import ADVICE, Format, detect_content
+from models.common.files import Format, detect_content
 from models.common.job import Message, limit_resources, serve
 from models.keras.config import as_string, check_classes, graph_layers, is_model, own_name, parse_json
-from models.keras.file import MAX_FILE_BYTES, Layer, check_values, pack_layers, running_number
+from models.keras.file import EXPECTED, MAX_FILE_BYTES, Layer, check_values, pack_layers, running_number
 from models.mapping import saved_variables
 
 NamedArrays = tuple[str, dict[str, np.ndarray]]  # a layer's name, and its arrays by variable
@@ -95,9 +95,7 @@ def open_container(content: bytes) -> tuple[h5py.Group, dict | None, str | None,
         return open_hdf5(content)
     if found is Format.KERAS or (found is Format.UNKNOWN and content.startswith(b"PK")):
         return open_archive(content)
-    raise KerasFileError(
-        f"is {found.value}; {ADVICE.get(found, 'expected an HDF5 file or a .keras archive')}"
-    )
+    raise KerasFileError(f"is {found.value}; {EXPECTED}")
 
 
 def open_hdf5(content: bytes) -> tuple[h5py.Group, dict | None, str | None, str]:
