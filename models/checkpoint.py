@@ -13,7 +13,6 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,22 +21,20 @@ from torch import Tensor, nn
 
 from models.common.cli import one_line
 from models.common.files import (
-    ADVICE,
     Format,
     check_metadata,
+    check_package,
     detect_format,
     json_path,
     read_metadata,
+    refusal,
     sha256_of,
     write_with_json,
 )
+from models.common.state_dict import COUNTER, INTEGERS, SAVE, add_biases, apply_masks, find_state_dict
 from models.normalization import Normalization
 
-SAVE = "torch.save(model.state_dict(), ...) writes one"
-MAX_DEPTH = 3  # of dicts in dicts
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-COUNTER = "num_batches_tracked"  # of a BatchNorm; not needed for inference
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +66,6 @@ class Checkpoint:
         bn = self.model.bn1
         known = {**self.metadata.get("architecture", {}), **self.metadata.get("input", {})}
         defaults = {
-            "bn_eps": f"BatchNorm epsilon {bn.eps:g}",
             "bn_momentum": f"BatchNorm momentum {bn.momentum:g}",
             "shape": "32 x 32 images",
             "mean": f"input {self.normalization}",
@@ -118,14 +114,16 @@ def read_checkpoint(
     if is_safetensors:
         metadata.pop("sha256", None)  # of a `.pt` of the same name
     with torch.device("meta"):
-        names = list(network().state_dict())
-    state, steps = find_state_dict(path, content, names, key)
+        template = network().state_dict()
+    state, steps = find_state_dict(path, content, template, key)
     check_tensors(path, state, dtype)
-    steps += apply_masks(path, state)
+    steps += apply_masks(path, state) + add_biases(state, template)
     stored = {dtype_name(tensor.dtype) for tensor in state.values() if tensor.is_floating_point()}
     if stored not in ({dtype_name(dtype)}, {"float32"}):
         steps.append(f"{', '.join(sorted(stored))} weights as {dtype_name(dtype)}")
     architecture = metadata.get("architecture", {})
+    if "bn_eps" not in architecture:
+        steps.append(f"BatchNorm epsilon 0.001 assumed, since not in {json_path(path).name}")
     constants = {name: architecture[name] for name in ("bn_eps", "bn_momentum") if name in architecture}
     try:
         model = network.from_state_dict(state, **constants).to(dtype)
@@ -145,9 +143,8 @@ def load_torch(path: Path) -> object:
     Raises OSError, and ValueError with one line if it is damaged, of another format, or holds objects.
     """
     found = detect_format(path)
-    if found not in (Format.TORCH, Format.ZIP, Format.UNKNOWN, Format.FOLDER):  # opening a folder: OSError
-        advice = f"; {ADVICE[found]}" if found in ADVICE else ""
-        raise ValueError(f"{path}: is {found.value}; expected a state_dict{advice}")
+    if reason := refusal(found, (Format.TORCH,), f"expected a state_dict: {SAVE}"):
+        raise ValueError(f"{path}: {reason}")
     try:
         if found in (Format.TORCH, Format.ZIP):  # torch.save stores records as they are
             records = zipfile.ZipFile(path).infolist()
@@ -168,87 +165,25 @@ def load_torch(path: Path) -> object:
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Return the tensors of a safetensors file by name, and its metadata: {"input": ...} or {}.
+    """Return the tensors of a safetensors file by name, and its metadata: `architecture` and `input`, if any.
 
     Raises ValueError with one line if it is damaged, or the metadata is not as in a JSON of `convert.py`.
     """
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise ValueError(f"{path}: is a safetensors file, which needs: pip install safetensors") from None
+    check_package(path)
+    from safetensors import safe_open
+
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
             described = file.metadata() or {}
-        metadata = {"input": json.loads(described["input"])} if "input" in described else {}
+        names = [name for name in ("architecture", "input") if name in described]
+        metadata = {name: json.loads(described[name]) for name in names}
     except OSError:
         raise
     except Exception as error:  # SafetensorError, RecursionError, and what torch raises for odd types
         raise ValueError(f"{path}: damaged or not a safetensors file ({one_line(error)})") from None
     check_metadata(path, metadata)
     return state, metadata
-
-
-def find_state_dict(path: Path, content: object, names: list[str], key: str | None) -> tuple[dict, list[str]]:
-    """Return the one state_dict in a file's content that has all `names`, and the steps taken to get it.
-
-    It may be in dicts of any keys, have a prefix common to all names, and be pruned; `key` selects one of
-    several. Raises ValueError with one line if there is none.
-    """
-    found = {}  # "net.ema" -> keys, common prefix, state_dict without the prefix
-    for keys, state in state_dicts(content):
-        found[".".join(keys)] = keys, *remove_prefix(state)
-    if not found:
-        items = content.items() if isinstance(content, dict) else ()
-        others = [f"{name!r} is a {type(x).__name__}" for name, x in items if not isinstance(x, Tensor)]
-        reason = others[0] if others else f"holds a {type(content).__name__}"
-        raise ValueError(f"{path}: {reason}; expected a state_dict (tensors by name): {SAVE}")
-    fitting = {place: each for place, each in found.items() if not missing_names(each[2], names)}
-    if not fitting:
-        place, (_, prefix, state) = max(found.items(), key=lambda item: len(item[1][2]))
-        differences = [f"{name} is missing" for name in missing_names(state, names)[:1]]
-        differences += [f"{prefix}{name} is unexpected" for name in state if name not in names][:1]
-        size = f"{repr(place) if place else 'the file'} has {len(state)} tensors, but not a ResNet8's"
-        raise ValueError(f"{path}: {size}: {', '.join(differences)}")
-    choice = ", ".join(map(repr, fitting))
-    if key is not None and key not in fitting and "" not in fitting:
-        raise ValueError(f"{path}: --key {key}: no ResNet8 under this key; found: {choice}")
-    if key is None and len({tuple(map(id, state.values())) for *_, state in fitting.values()}) > 1:
-        raise ValueError(f"{path}: holds several state_dicts: {choice}; select one with --key")
-    keys, prefix, state = fitting.get(key) or next(iter(fitting.values()))
-    return state, [f"under '{each}'" for each in keys] + ([f"without '{prefix}'"] if prefix else [])
-
-
-def state_dicts(content: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """Yield the dicts of tensors by name in nested dicts, each with the keys that lead to it."""
-    if not isinstance(content, dict):
-        return
-    if content and all(isinstance(name, str) and isinstance(content[name], Tensor) for name in content):
-        yield keys, content
-    elif len(keys) < MAX_DEPTH:
-        for key, value in content.items():
-            yield from state_dicts(value, (*keys, str(key)))
-
-
-def remove_prefix(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """Return the common prefix of all names, such as `module.`, and a copy of the state_dict without it.
-
-    `n_averaged`, a counter of `torch.optim.swa_utils.AveragedModel`, has no prefix, and is removed with it.
-    """
-    removed, state = "", dict(state)
-    while True:
-        shared = os.path.commonprefix([name for name in state if name != "n_averaged"])  # noqa: RUF071
-        prefix = shared[: shared.rfind(".") + 1]
-        if not prefix:
-            return removed, state
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name != "n_averaged"}
-        removed += prefix
-
-
-def missing_names(state: dict[str, Tensor], names: list[str]) -> list[str]:
-    """Return the names that a state_dict lacks, apart from counters and pruned weights."""
-    required = (name for name in names if not name.endswith(COUNTER))
-    return [name for name in required if name not in state and f"{name}_orig" not in state]
 
 
 def check_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -274,17 +209,6 @@ def check_tensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype) -> N
         else:
             continue
         raise ValueError(f"{path}: {name} {reason}")
-
-
-def apply_masks(path: Path, state: dict[str, Tensor]) -> list[str]:
-    """Multiply weights pruned by `torch.nn.utils.prune` by their masks, in place; return the step taken."""
-    pruned = [name.removesuffix("_mask") for name in state if name.endswith("_mask")]
-    for name in pruned:
-        weight, mask = state.pop(f"{name}_orig", None), state.pop(f"{name}_mask")
-        if weight is None or weight.shape != mask.shape:
-            raise ValueError(f"{path}: {name}_mask has no {name}_orig of its shape")
-        state[name] = weight * mask
-    return ["pruned weights multiplied by their masks"] if pruned else []
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -117,6 +117,20 @@ def cast(dtype):
     return lambda model: copy.deepcopy(model).to(dtype).state_dict()
 
 
+def without_biases(model):
+    """Return a state_dict without the convolutions' biases, which become 0 in the model."""
+    names = [f"{name}.bias" for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    for name in names:
+        nn.init.zeros_(model.get_parameter(name))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+
+
+def metrics(model):
+    """Return a Lightning checkpoint with a metric's counters."""
+    counters = {f"train_acc.{name}": torch.zeros(10, dtype=torch.int64) for name in ("tp", "fp")}
+    return {"state_dict": {**counters, **prefixed("model.", model)}}
+
+
 LINEAR = nn.Sequential(nn.Linear(2, 2)).state_dict()
 LOOP = {  # values beside the weights
     "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"params": [0]}]},
@@ -140,6 +154,10 @@ WAYS = {  # saved content -> note
     "module in net": (lambda m: {"net": prefixed("module.net.", m)}, "under 'net', without 'module.net.'"),
     "deep": (lambda m: {"a": {"b": {"ema": m.state_dict()}}}, "under 'a', under 'b', under 'ema'"),
     "twice the same": (lambda m: dict.fromkeys(["model", "net"], m.state_dict()), "under 'model'"),
+    "no biases": (without_biases, "zeros for 9 convolution biases that it lacks"),
+    "metrics": (
+        metrics, "under 'state_dict', without 'model.', 2 integer tensors ignored: train_acc.tp ..."
+    ),
     "beside another": (lambda m: {"teacher": LINEAR, "student": m.state_dict()}, "under 'student'"),
 }  # fmt: skip
 ROUNDING = {"float16": 0.01, "bfloat16": 0.1}  # largest difference of a weight
@@ -150,6 +168,7 @@ def test_state_dicts_of_training_loops_are_read_with_one_note(tmp_path, way):
     make, note = WAYS[way]
     model = random_model()
     path = saved(tmp_path / "model.pt", make(model))
+    (tmp_path / "model.json").write_text('{"architecture": {"bn_eps": 1e-3}}')
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = ResNet8.from_checkpoint(path).state_dict()
@@ -165,7 +184,7 @@ def test_float64_weights_are_read_exactly_in_float64(tmp_path):
     model = random_model().double()
     with torch.no_grad():
         model.fc.bias += 1e-12  # lost in float32
-    path = saved(tmp_path / "model.pt", model.state_dict())
+    path = save(model, tmp_path / "model.pt", architecture={"bn_eps": 1e-3})
     exact, rounded = (read_checkpoint(path, ResNet8, dtype) for dtype in (torch.float64, torch.float32))
     state = exact.model.state_dict()
     assert exact.read_note == "" and all(torch.equal(state[k], v) for k, v in model.state_dict().items())
@@ -193,6 +212,22 @@ def test_key_selects_one_of_several(tmp_path):
     assert "--key" in refused(*files, cwd=tmp_path)
     stdout, metrics = evaluated(*files, "--key", "model", cwd=tmp_path)
     assert metrics["pairs"][0]["max_abs_probability_difference"] == 0 and "under 'model'" in stdout
+
+
+@pytest.mark.parametrize("where", [lambda x: x, lambda x: {"state_dict": x}], ids=["flat", "nested"])
+def test_key_selects_one_of_several_prefixes(tmp_path, where):
+    networks = {f"{name}.": random_model(seed) for seed, name in enumerate(("student", "teacher"))}
+    tensors = {key: value for prefix, m in networks.items() for key, value in prefixed(prefix, m).items()}
+    path = saved(tmp_path / "run.pt", where(tensors))
+    for prefix, model in networks.items():
+        read = read_checkpoint(path, ResNet8, key=prefix.rstrip("."))
+        assert torch.equal(read.model.fc.weight, model.fc.weight) and f"'{prefix}'" in read.read_note
+    assert all(word in refusal(path) for word in ("student'", "teacher'", "--key"))
+
+
+def test_key_is_for_files_with_several(tmp_path):
+    run = saved(tmp_path / "run.pt", {"state_dict": random_model().state_dict(), "epoch": 1})
+    assert "under 'state_dict'" in read_checkpoint(run, ResNet8, key="ema").read_note
 
 
 def test_key_without_a_state_dict_selects_no_other(tmp_path):
@@ -225,13 +260,18 @@ def quantized(tensor):
         return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
 
 
+def weight_norm(model):
+    nn.utils.parametrizations.weight_norm(model.conv1)
+    return {"net": model.state_dict()}
+
+
 REFUSED = {  # saved content -> words of the message
     "other names": (lambda m: {"net": LINEAR}, "'net' 2 conv1.weight 0.weight"),
-    "no conv1": (without("conv1.weight"), "54 conv1.weight"),
+    "no conv1": (without("conv1.weight"), "54 conv1.weight missing"),
     "no statistics": (without("layer2.bn1.running_var"), "layer2.bn1.running_var"),
     "one more": (lambda m: {**m.state_dict(), "layer4.bias": torch.ones(1)}, "layer4.bias"),
-    "beside a loss": (lambda m: {"loss.w": torch.ones(2), **prefixed("net.", m)}, "conv1.weight loss.w"),
-    "two networks": (lambda m: {**prefixed("a.", m), **prefixed("b.", m)}, "110 conv1.weight"),
+    "beside a loss": (lambda m: {"loss.w": torch.ones(2), **prefixed("net.", m)}, "56 loss.w unexpected"),
+    "weight_norm": (weight_norm, "56 conv1.weight missing conv1.parametrizations.weight.original0"),
     "another shape": (changed("layer3.conv2.bias", lambda t: t[:5]), "layer3.conv2.bias"),
     "a scalar": (changed("fc.weight", lambda t: t.sum()), "ResNet8"),
     "a vector": (changed("conv1.weight", lambda t: t.flatten()), "ResNet8"),
@@ -344,7 +384,12 @@ def test_safetensors_metadata_is_checked(tmp_path):
     save_file(state, path, metadata={"input": "[" * 100_000})
     assert "damaged" in refusal(path)
     save_file(state, path, metadata={"input": json.dumps(INPUT)})
-    assert read_checkpoint(path, ResNet8).normalization == Normalization([120.0] * 3, [64.0] * 3)
+    read = read_checkpoint(path, ResNet8)
+    assert read.normalization == Normalization([120.0] * 3, [64.0] * 3) and "epsilon" in read.read_note
+    described = {"input": json.dumps(INPUT), "architecture": json.dumps({"bn_eps": 1e-5})}
+    save_file(state, path, metadata=described)
+    read = read_checkpoint(path, ResNet8)
+    assert (read.model.bn1.eps, read.read_note) == (1e-5, "")
 
 
 # Saving a network derived from a checkpoint
