@@ -225,7 +225,7 @@ def test_every_layer_is_compared_on_real_and_random_images(reference_files, kera
     assert len(np.unique(random)) == 256
     assert normalization == Normalization.from_args(4, **INPUT)
     results = metadata["verification"]
-    assert (results["layers"], results["rebuilt"]) == (len(nodes), None)
+    assert (results["layers"], results["rebuilt"]) == (len(GRAPH), None)
     assert 0 < results["float64"]["activations"] <= 1e-10
     assert 0 < results["float64"]["probabilities"] <= 1e-12
     assert 1e-9 < results["float32"]["probabilities"] <= 1e-4

@@ -55,7 +55,8 @@ def verify(
         is_back, model = model is not None, model or build_model(matched)
         print_known(file, model)
         weighted = sum(layer.class_name in MAPPING for layer in matched.values())
-        lines.append(f"{weighted} layers with weights and {len(file.layers) - weighted} others matched")
+        total = len(matched) - 1  # without the input
+        lines.append(f"{total} layers: {weighted} with weights, {total - weighted} without")
 
     keras_input = Normalization.from_args(model.conv1.in_channels, mean, std)
     pytorch_input = input_normalization(file, matched, keras_input)
@@ -69,9 +70,9 @@ def verify(
     if verbose:
         print_mapping(mapping)
 
+    images, others = probe_images(file.input_shape)
+    answer, arrays = reference(images, others, keras_input) if reference else (None, {})
     with stage("parameters") as lines:
-        images, others = probe_images(file.input_shape)
-        answer, arrays = reference(images, others, keras_input) if reference else (None, {})
         lines.append(compare_counts(mapping, model, answer))
     if not is_back:
         load_tensors(model, mapping)

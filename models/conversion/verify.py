@@ -48,8 +48,8 @@ def compare_numbers(
     """Compare PyTorch with Keras's outputs, `reference`; return the largest differences by dtype.
 
     `matched` has the Keras layer of each node, `images` and `others` are from `probe_images`. Every layer's
-    activations are compared on `images`, the float32 probabilities on `others` too. Raises VerificationError
-    for a difference above its bound; float32 activations have none.
+    activations are compared on `images`, the float32 probabilities on `others` too; a softmax counts as a
+    layer. Raises VerificationError for a difference above its bound; float32 activations have none.
     """
     has_softmax = matched["fc"].config.get("activation") == "softmax"  # compared by its probabilities
     nodes = [node for node in GRAPH if node != "fc" or not has_softmax]
@@ -61,7 +61,7 @@ def compare_numbers(
         activations, differences = layer_activations(network, inputs), [0.0]
         for node in nodes:  # in graph order: the first layer that differs is the wrong one
             keras = reference.get(f"{dtype}/{matched[node].name}")
-            if keras is None:  # Keras does not record `a + b`, which is no layer
+            if keras is None:  # `a + b`, which Keras before 3.0 does not record
                 continue
             compared.add(node)
             largest = max(largest, largest_value(keras))
@@ -80,7 +80,8 @@ def compare_numbers(
         check_bound("probabilities", difference, dtype, MAX_PROBABILITY_DIFFERENCE[dtype])
         results[dtype] = {"activations": max(differences), "probabilities": difference}
     model.float()
-    return {"layers": len(compared), "largest_activation": largest, **results}
+    layers = len(compared) + file.returns_probabilities
+    return {"layers": layers, "largest_activation": largest, **results}
 
 
 def largest_difference(pytorch: np.ndarray, keras: np.ndarray) -> float:
