@@ -2,6 +2,7 @@
 
     python convert.py [KERAS_FILE ...] [-o OUT.pt]
     python convert.py CHECKPOINT.pt [-o OUT.h5]
+    python convert.py INT8.tflite [-o OUT.pt]
 
 From Keras: read the file without running code from it, match its layers by their graph, permute the axes of
 their tensors to PyTorch's layout, compare every layer's activations with Keras, and write OUT.pt (a
@@ -42,7 +43,7 @@ from models.common.cli import (
     printable,
     run,
 )
-from models.common.files import check_outputs, json_path, metadata_if_current, write_with_json
+from models.common.files import check_outputs, is_tflite, json_path, metadata_if_current, write_with_json
 from models.common.job import JobError
 from models.conversion.match import add_rescaling, layers_of_state_dict, place_weights
 from models.conversion.plan import DEFAULT_INPUT, Task, plan
@@ -62,7 +63,7 @@ def main() -> int:
         echo(f"note: {note}")
     tasks = [task for task in options.tasks if not task.refusal]
     to_keras = any(task.to_keras for task in tasks)
-    needs_keras = to_keras or (tasks and not options.no_verify)
+    needs_keras = to_keras or not (options.no_verify or all(is_tflite(task.path) for task in tasks))
     try:
         with Keras(options.keras_python) if needs_keras else nullcontext() as keras:
             outcomes = [convert(task, options, keras) for task in options.tasks]
@@ -82,6 +83,10 @@ def convert(task: Task, options: argparse.Namespace, keras: Keras | None) -> tup
         if reason:
             raise ValueError(reason)
         check_outputs(output, options.force, path)
+        if is_tflite(path):
+            from models.conversion.int8 import convert_int8
+
+            return convert_int8(path, output, options.verbose), str(output)
         if to_keras:
             back = {"rescaling": options.rescaling, "verify": not options.no_verify, "key": options.key}
             return convert_back(path, output, keras, **shared, **back), str(output)
@@ -233,7 +238,9 @@ def print_summary(tasks: list[Task], outcomes: list[tuple[dict | None, str]]) ->
         if metadata:
             results = metadata["verification"]
             result = "converted"
-            difference = f"{results['float64']['probabilities']:.1e}" if results else "not verified"
+            difference = "every byte equal" if results else "not verified"
+            if results and "float64" in results:
+                difference = f"{results['float64']['probabilities']:.1e}"
         rows.append([str(task.path), result, difference, detail])
     echo("\n" + format_table(rows, left=tuple(headings)))
 
@@ -256,9 +263,8 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line; exit with status 2 if it is wrong."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add(
-        "files", metavar="FILE", type=file_path, nargs="*", help=f"Keras file or checkpoint ({DEFAULT_INPUT})"
-    )
+    help_text = f"Keras file, checkpoint or int8 .tflite (default: {DEFAULT_INPUT})"
+    add("files", metavar="FILE", type=file_path, nargs="*", help=help_text)
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", metavar="OUT", help="output file, or a folder (default: beside the input)")
     add("--force", action="store_true", help="overwrite files not written by convert.py, or modified since")

@@ -42,7 +42,11 @@ def layer_activations(model: ResNet8, images: torch.Tensor) -> dict[str, np.ndar
             store(f"{name.removesuffix('relu')}add", inputs[0])
             store(f"{name}2", output)
 
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    leaves = [  # and the blocks of a QuantizedResNet8, which have an output scale of their own
+        (name, module)
+        for name, module in model.named_modules()
+        if not list(module.children()) or hasattr(module, "scale")
+    ]
     handles = [module.register_forward_hook(partial(hook, name)) for name, module in leaves]
     try:
         with torch.inference_mode():

@@ -267,7 +267,7 @@ def saved_model(path):
 
 
 OTHERS = {  # a file -> how it is written, and a word about its format or the next step
-    "lite.tflite": (write_tflite, "TensorFlow Lite"),
+    "lite.tflite": (write_tflite, "float32"),
     "pt.pt": (write_onnx, "damaged"),
     "e.pt2": (lambda path: path.write_bytes(archive("m/models/model.json")), "torch.export"),
     "l.pt": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),

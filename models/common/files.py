@@ -62,7 +62,7 @@ ADVICE = {  # next step where a format is not read
     "(evaluate.score), for int8 the only way",
     Format.EXPORTED: "evaluate.py evaluates it, or save torch.export.load(...).state_dict with torch.save",
     Format.ONNX: "evaluate.py evaluates it",
-    Format.TFLITE: "evaluate.py evaluates it",
+    Format.TFLITE: "evaluate.py evaluates it, and convert.py converts int8 models",
     Format.LFS: "run 'git lfs pull'",
     Format.LINK: "use the file at this path (git config core.symlinks true)",
     Format.LINE_ENDS: "copy or download it again in binary mode (git: '*.h5 binary' in .gitattributes)",
@@ -163,6 +163,13 @@ def is_checkpoint(path: Path) -> bool:
         if found in CHECKPOINT_FORMATS:
             return True
     return path.suffix in CHECKPOINT_SUFFIXES
+
+
+def is_tflite(path: Path) -> bool:
+    """Whether a file is TensorFlow Lite's, by its content."""
+    with suppress(OSError):
+        return detect_format(path) is Format.TFLITE
+    return False
 
 
 def check_regular(path: Path) -> None:
