@@ -195,10 +195,12 @@ def onnx_quantization(graph: object, folder: Path, name: str, is_integer: bool) 
     `graph` is an onnx.GraphProto, `folder` has its external data. Operators that only move values may be
     between them. Returns () unless all readers have the same scale.
     """
-    from onnx.numpy_helper import to_array
+    from onnx.numpy_helper import from_array, to_array
 
     tensors = {each.name: each for each in graph.initializer}
-    tensors |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    values = {node.output[0]: node.attribute[0] for node in graph.node if node.op_type == "Constant"}
+    floats = {name: from_array(np.float32(each.f)) for name, each in values.items() if each.name != "value"}
+    tensors |= {name: each.t for name, each in values.items()} | floats
     is_input = name in {each.name for each in graph.input}
     operator = "QuantizeLinear" if is_integer and not is_input else "DequantizeLinear"
     moves = MOVES if is_integer else (*MOVES, "Cast")
