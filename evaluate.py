@@ -14,9 +14,10 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from models.common.files import RUNTIME_FORMATS, detect_format, json_path, read_
 from models.common.job import JobError
 from models.evaluation.baseline import keras_baseline
 from models.evaluation.metrics import (
-    TRIED,
+    TRIAL_IMAGES,
     Predictions,
     better_normalization,
     check_guards,
@@ -108,7 +109,8 @@ def evaluate(options: argparse.Namespace) -> int:
     guards = check_guards(predictions, keras or ours, options.min_accuracy, options.max_drop)
     evaluation = Evaluation(dataset, ours, keras, compared, hashes, notes.lines, guards, options.per_class)
     cli.echo(f"\n{evaluation.summary()}")
-    for note in result_notes(checkpoints, predictions, keras, dataset, options):
+    found = [result_notes(*pair, dataset, options) for pair in zip(checkpoints, predictions, strict=True)]
+    for note in chain(*found, near_chance_notes([keras] if keras else [])):
         notes.add(note)
     written = write_results(evaluation, options.output, options.report)
     cli.echo(f"wrote {', '.join(map(str, written))}")
@@ -166,30 +168,24 @@ def load_checkpoint(
 
 
 def result_notes(
-    checkpoints: list[Checkpoint],
-    predictions: list[Predictions],
-    keras: Predictions | None,
-    dataset: Dataset,
-    options: argparse.Namespace,
-) -> Iterator[str]:
-    """Yield a note for every model near chance, or with a better normalization than an assumed one."""
+    checkpoint: Checkpoint, predictions: Predictions, dataset: Dataset, options: argparse.Namespace
+) -> list[str]:
+    """Return notes on a model near chance, or whose assumed normalization is worse than a usual one."""
     from models.evaluation.inference import predictor
 
+    notes = near_chance_notes([predictions])
+    if not checkpoint.assumes_normalization and not notes:
+        return []
     identity = Normalization.from_args(dataset.images.shape[1])
-    for checkpoint, each in zip(checkpoints, predictions, strict=True):
-        network = replace(checkpoint, normalization=identity, assumes_normalization=False)
-        notes = near_chance_notes([each])
-        if checkpoint.assumes_normalization or notes:
-            better = better_normalization(
-                each, dataset, lambda trial, it=network: predictor(trial, options)(it, "")
-            )
-            if better and len(checkpoints) == 1:
-                notes = [f"{better[0]} {better[1].options}"]
-            elif better:  # the options are for the first file
-                described = json.dumps({"input": asdict(better[1])})
-                notes = [f"{better[0]} {described} in {json_path(checkpoint.path)}"]
-        yield from notes
-    yield from near_chance_notes([keras] if keras else [])
+    network = replace(checkpoint, normalization=identity, assumes_normalization=False)
+    better = better_normalization(predictions, dataset, lambda trial: predictor(trial, options)(network, ""))
+    if better is None:
+        return notes
+    text, normalization = better
+    if len(options.files) == 1:
+        return [f"{text} {normalization.options}"]
+    described = json.dumps({"input": asdict(normalization)})  # the options are for the first file
+    return [f"{text} {described} in {json_path(checkpoint.path)}"]
 
 
 def print_shortfalls(guards: list[dict]) -> int:
@@ -227,7 +223,7 @@ def score(
     run = partial(measure, network, name=name, batch_size=batch_size, workers=workers, path=path)
     predictions, better = run(dataset, (known or identity).override(mean, std)), None
     if known is None and mean is None and std is None:
-        images = -(-TRIED // batch_size) * batch_size  # whole batches: some networks take no others
+        images = -(-TRIAL_IMAGES // batch_size) * batch_size  # whole batches: some networks take no others
         better = better_normalization(predictions, dataset, lambda trial: run(trial, identity), images)
     notes = near_chance_notes([predictions])
     if better:

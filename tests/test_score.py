@@ -65,11 +65,16 @@ def test_a_usual_normalization_that_is_better_is_named_where_none_is_given(datas
     right = Normalization.usual(3)[index]
     known = {image.tobytes(): label for image, label in zip(dataset.images, dataset.labels, strict=True)}
 
-    def network(batch):  # knows the images by heart, if they are normalized as they should be
+    def network(batch):  # right for known images in the right normalization
         pixels = batch.numpy() * np.reshape(right.std, (3, 1, 1))
         pixels = np.rint(pixels + np.reshape(right.mean, (3, 1, 1))).clip(0, 255).astype(np.uint8)
         return np.eye(10)[[known.get(image.tobytes(), 0) for image in pixels]]
 
+    def refusing(batch):
+        assert batch.min() >= 0 and batch.max() > 1
+        return network(batch)
+
+    assert score(refusing, dataset, name="odd").normalization.is_identity
     for given, count in (({}, index > 0), ({"std": 3.0}, 1), (asdict(right), 0)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -17,8 +17,8 @@ STEPS = (2**-8, 2**-15, 2**-24)
 BATCH_EFFECT = "outputs change with the other images of a batch, or from run to run; expected eval mode"
 TINY = float(np.finfo(np.float32).tiny)  # float32's smallest normal number
 MAX_BATCH_EFFECT = 1e-4  # of the largest output; the same shapes are rounded alike, but on some GPUs
-TRIED = 500  # images under each usual normalization, where none is known: 0.4 s
-MAX_P = 0.001  # McNemar's, of the best of them: about six are compared
+TRIAL_IMAGES = 500  # under each usual normalization, where none is known: 0.6 s
+MAX_P = 0.001  # McNemar's, for the best of six
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -277,20 +277,24 @@ def near_chance_notes(predictions: list[Predictions]) -> list[str]:
 
 
 def better_normalization(
-    predictions: Predictions, dataset: Dataset, predict: Callable[[Dataset], Predictions], images: int = TRIED
+    predictions: Predictions,
+    dataset: Dataset,
+    predict: Callable[[Dataset], Predictions],
+    images: int = TRIAL_IMAGES,
 ) -> tuple[str, Normalization] | None:
-    """Return a usual normalization whose accuracy is higher beyond chance, and both accuracies as text.
+    """Return both accuracies as text and a usual normalization with the higher one, beyond chance.
 
     `predict` runs the network on normalized images: the first `images` under each usual normalization.
     """
-    labels = dataset.labels[:images]
     usual = Normalization.usual(dataset.images.shape[1])
     usual = [each for each in usual if each != predictions.normalization]
-    normalized = np.concatenate([each(dataset.images[:images]) for each in usual]).astype(np.float32)
+    images = min(images, 2**26 // (len(usual) * dataset.images[0].size))  # 256 MB
+    labels = dataset.labels[:images]
+    normalized = np.concatenate([each(dataset.images[:images]).astype(np.float32) for each in usual])
     trial = replace(dataset, images=normalized, labels=np.tile(labels, len(usual)))
     try:
         outputs = np.split(predict(trial).log_probabilities, len(usual))
-    except ValueError:  # too large for the network's arithmetic
+    except Exception:  # a network may refuse other inputs, or its arithmetic overflow
         return None
     now = replace(predictions, labels=labels, log_probabilities=predictions.log_probabilities[:images])
     tried = [
