@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,14 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for `python -I
 
 from data.cifar10 import PARTS, DataError, Dataset, load_test
 from models.common import cli
-from models.common.files import RUNTIME_FORMATS, detect_format, json_path, read_metadata, sha256_of
+from models.common.files import (
+    RUNTIME_FORMATS,
+    check_package,
+    detect_format,
+    json_path,
+    read_metadata,
+    sha256_of,
+)
 from models.common.job import JobError
 from models.evaluation.baseline import keras_baseline
 from models.evaluation.metrics import (
@@ -38,6 +46,7 @@ from models.evaluation.metrics import (
     short_names,
 )
 from models.evaluation.results import Evaluation, check_results, write_results
+from models.graph import KNOWN_FILES
 from models.normalization import Normalization, fraction_note
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed for `--help` or usage errors
@@ -74,11 +83,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
     # Check inputs and outputs before the expensive steps
     check_results(options.output)
+    if options.report and find_spec("matplotlib") is None:
+        raise ValueError("--report needs: pip install matplotlib")
+    for path in filter(None, [*files, options.keras]):
+        check_package(path)  # raises OSError for a missing file
     dataset = load_test(options.data_dir, options.data, options.download)
     if dataset.notice:
         notes.add(dataset.notice)
-    for path in filter(None, [*files, options.keras]):
-        detect_format(path)  # raises OSError for a missing file
     from models.evaluation.inference import predictor
 
     predict = predictor(dataset, options)
@@ -164,6 +175,9 @@ def load_checkpoint(
             notes.add(f"{missing}: assuming pixels 0-255 for {path.name}; override with --mean and --std")
     if "sha256" in checkpoint.metadata and not checkpoint.is_as_converted:
         notes.add(f"{path} was modified after conversion (fine-tuned?): its SHA-256 is not in {json_name}")
+    for sha256, relation in ((checkpoint.sha256, "is"), (checkpoint.origin, "was converted from")):
+        if sha256 in KNOWN_FILES:
+            cli.echo(f"{path} {relation} {KNOWN_FILES[sha256]}")
     return checkpoint
 
 

@@ -305,11 +305,19 @@ both_directions = pytest.mark.parametrize("either", ["to PyTorch", "to Keras"], 
 def test_without_keras(either, tmp_path, command, tried):
     path, advice = either
     before = files_in(tmp_path)
-    status, _, errors = command(path, "--keras-python", sys.executable)
-    assert (status, len(errors), tried()) == (1, 1, ["keras"]), errors
+    status, out, errors = command(path, "--keras-python", sys.executable)
+    assert (status, len(errors), tried()) == (1, 1, ["keras"]) and "failed" not in out, (out, errors)
     for words in (f"error: {path}: ", "keras is blocked", "tensorflow", advice):
         assert words in errors[0]
     assert files_in(tmp_path) == before
+
+
+def test_without_keras_in_this_python(model_file, tmp_path, command, monkeypatch):
+    """Before anything is read."""
+    monkeypatch.setitem(sys.modules, "keras", None)
+    monkeypatch.setattr("convert.read_keras_file", None)  # not called
+    result = command(model_file, "--keras-python", sys.executable)
+    assert_refused(result, "pip install tensorflow", "--no-verify")
 
 
 @both_directions

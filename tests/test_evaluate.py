@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import resource
+import sys
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from models.common import cli
 from models.common.files import json_path
 from models.evaluation import fused
 from models.evaluation.metrics import Predictions
+from models.graph import KNOWN_FILES
 from models.normalization import Normalization
 from models.resnet8 import ResNet8
 from tests.evaluating import (
@@ -43,7 +45,8 @@ FRACTIONS = {"mean": [0.5] * 3, "std": [0.25, 0.5, 0.25]}
 def folder(tmp_path, monkeypatch, sample):
     """A folder with a random `model.pt` and its JSON, to be evaluated on 100 images."""
     with_few_images(monkeypatch, sample)
-    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0))
+    architecture = {"bn_eps": 1e-3}
+    save(random_model(), tmp_path / "model.pt", input=scaling(120.0, 64.0), architecture=architecture)
     return tmp_path
 
 
@@ -101,11 +104,12 @@ def test_a_checkpoint_of_another_keras_file_is_noted(real):
     """Its difference from Keras is one between models; a file of unknown origin has no such note."""
     metadata = json.loads((real / "model.json").read_text())
     model = ResNet8.from_checkpoint(real / "model.pt")
-    save(model, real / "tuned.pt", input=metadata["input"])
+    described = {name: metadata[name] for name in ("input", "architecture")}
+    save(model, real / "tuned.pt", **described)
     _, metrics = evaluated("model.pt", "tuned.pt", cwd=real)
     assert metrics["pairs"][0]["models"][0] == "Keras" and metrics["notes"] == []
     metadata["source"]["sha256"] = "0" * 64
-    save(model, real / "other.pt", input=metadata["input"], source=metadata["source"])
+    save(model, real / "other.pt", **described, source=metadata["source"])
     _, metrics = evaluated("model.pt", "other.pt", cwd=real)
     assert metrics["pairs"][0]["models"][0] == "Keras model.h5"
     (note,) = metrics["notes"]
@@ -157,6 +161,26 @@ def test_usage_errors(tmp_path, arguments):
     assert message.startswith("evaluate.py: error: ") and arguments[0] in message
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "package"),
+    [("x.safetensors", [], "safetensors"), ("model.pt", ["--report"], "matplotlib")],
+)
+def test_missing_package_is_named_before_the_work(folder, monkeypatch, name, options, package):
+    (folder / "x.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(evaluate, "load_test", None)  # not called
+    assert f"pip install {package}" in refused(name, *options, "--no-keras", cwd=folder)
+
+
+@needs_real_model
+def test_known_file_is_named(real, monkeypatch):
+    monkeypatch.setitem(
+        KNOWN_FILES, json.loads((real / "model.json").read_text())["source"]["sha256"], "IC99"
+    )
+    stdout, _ = evaluated("model.pt", "--no-keras", cwd=real)
+    assert "model.pt was converted from IC99" in stdout
+
+
 # Input normalization
 
 
@@ -177,6 +201,8 @@ def test_normalization_is_given_or_from_a_json_or_noted(folder, arguments, expec
     stdout, metrics = evaluated(*arguments, "--no-keras", cwd=folder)
     assert [each["input"] for each in (metrics, *metrics["compared"])][-1] == expected
     notes = [line for line in metrics["notes"] if "near chance" not in line]
+    epsilon = [notes.pop(0)] if "tuned.pt" in arguments else []  # without a JSON
+    assert all("epsilon" in line and "tuned.json" in line for line in epsilon)
     assert len(notes) == (note is not None)
     for text in (stdout, (folder / "results/metrics.txt").read_text()):
         assert (note or "") in text and all(f"note: {line}\n" in text for line in notes)
@@ -186,7 +212,8 @@ def test_normalization_is_given_or_from_a_json_or_noted(folder, arguments, expec
 def test_near_chance_and_a_modified_file_are_noted(folder, sample, monkeypatch):
     """Of Keras too; and that its normalization is not the option's."""
     path, labels = folder / "other.pt", sample.labels[:100]
-    save(random_model(), path, input=scaling(0.0, 255.0), sha256="0" * 64)
+    described = {"input": scaling(0.0, 255.0), "architecture": {"bn_eps": 1e-3}}
+    save(random_model(), path, **described, sha256="0" * 64)
     keras = Predictions("Keras", path, np.log(np.full((100, 10), 0.1)), labels, Normalization.from_args(3))
     monkeypatch.setattr(evaluate, "keras_baseline", lambda *_: keras)
     stdout, metrics = evaluated("other.pt", "--std", 255, cwd=folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ BYTES = {"uint8": 0, "int8": -128}  # dtype -> what a pixel of 0 is stored as
 LAST_OPERATOR = "expected floats, with DequantizeLinear as the last operator"
 MOVES = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # of ONNX; values stay
 FEW_VALUES = 16  # fewer in quantized inputs, but not in the pixels: they were clipped or rounded
+MISSING_OPERATOR = "No Op registered|not a registered|NOT_IMPLEMENTED"  # in ONNX Runtime's errors
 
 
 def measure_file(
@@ -278,7 +280,8 @@ def run_task(request: dict, arrays: dict[str, np.ndarray]) -> Message:
         reason = f"is {file_format.value}, which needs: pip install {packages} ({one_line(error)})"
         raise JobError(reason) from None
     except Exception as error:  # a damaged file can raise anything
-        raise JobError(f"cannot be run: {one_line(error)}") from None
+        lacks = "; export it with an operator that it has" if re.search(MISSING_OPERATOR, str(error)) else ""
+        raise JobError(f"cannot be run: {one_line(error)}{lacks}") from None
 
 
 def run_network(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 try:
@@ -39,7 +40,9 @@ class Keras:
     """Keras jobs, one per call. The first process starts in the constructor: Keras takes 3 s to import."""
 
     def __init__(self, python: str = sys.executable) -> None:
-        """Start the first process. Raises JobError if `python` cannot be run."""
+        """Start the first process. Raises JobError if `python` cannot be run, or lacks Keras."""
+        if python == sys.executable and find_spec("keras") is None:
+            raise JobError(f"{python} has no Keras: pip install tensorflow, or choose --keras-python")
         self.python, self.started = python, Job("models.keras.reference", python)
 
     def reference(
@@ -107,8 +110,6 @@ def build_model(request: dict, arrays: dict) -> Message:
     model, _ = rebuild(unpack_layers(request["layers"], arrays), keep_names=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{request['suffix']}"
-        path.write_bytes(bytes(2**20 + 8 * model.count_params()))
-        path.unlink()  # the disk has room for the model: on a full disk the HDF5 library crashes
         model.save(path)
         content = np.frombuffer(path.read_bytes(), np.uint8)
         saved = keras.models.load_model(path, compile=False)  # written above: it has no foreign code
@@ -244,8 +245,7 @@ def with_dtype(value: object, dtype: str) -> object:
 def run_layers(model: object, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the model's output, and every layer's by name (`model/layer` in a nested model), channels last.
 
-    It computes in the dtype of the images; `Model.predict` would round float64 images to float32. The model
-    records every later call too.
+    It computes in the dtype of the images; `Model.predict` would round float64 images to float32.
     """
     import tensorflow as tf
 

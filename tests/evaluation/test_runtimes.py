@@ -291,7 +291,7 @@ REFUSED = {  # file -> function that writes it, and words of the message
     "shape.tflite": (lambda path: write_tflite(path, image=(16, 16, 3)), "[16, 16, 3]"),
     "shape.pt2": (lambda path: write_exported(path, torch.nn.Flatten(), image=(1, 28, 28)), "[1, 28, 28]"),
     "two.tflite": (lambda path: write_tflite(path, inputs=2), "2 inputs"),
-    "custom.onnx": (lambda path: write_onnx(path, domain="evil"), "evil"),
+    "custom.onnx": (lambda path: write_onnx(path, domain="evil"), "export it"),
     "batch.pt2": (lambda path: write_exported(path, Centered()), "batch"),
     "one batch.pt2": (lambda path: write_exported(path, Centered(), batch=7), "batch"),
     "train.pt2": (lambda path: write_exported(path, TRAINING), "batch"),
