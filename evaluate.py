@@ -140,6 +140,7 @@ def load_checkpoint(
     import torch
 
     from models.checkpoint import Checkpoint, read_checkpoint
+    from models.conversion.int8 import read_int8
     from models.resnet8 import ResNet8
 
     channels, classes = dataset.images.shape[1], len(dataset.class_names)
@@ -152,8 +153,8 @@ def load_checkpoint(
         checkpoint = Checkpoint(path, None, sha256_of(path), normalization, metadata)
     else:
         precision = torch.float64 if options.dtype == "float64" else torch.float32
-        checkpoint = read_checkpoint(path, ResNet8, precision, options.key)
-        channels, classes = checkpoint.model.conv1.in_channels, checkpoint.model.fc.out_features
+        checkpoint = read_int8(path) or read_checkpoint(path, ResNet8, precision, options.key)
+        classes, channels = len(checkpoint.model.fc.bias), checkpoint.model.conv1.weight.shape[1]
     if checkpoint.read_note:
         notes.add(checkpoint.read_note)
     described, json_name = checkpoint.metadata.get("input", {}), json_path(path).name
@@ -294,6 +295,12 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="load .pt2 files, which can execute code; use only with trusted files",
     )
+    add(
+        "--kernels",
+        choices=("xnnpack", "reference"),
+        help="LiteRT's kernels for .tflite files; reference: 5 ms an image, as on microcontrollers "
+        "(default: xnnpack; for --data perf: reference)",
+    )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: the fastest)")
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(default: float32)")
     add(
@@ -328,6 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     options = parser.parse_intermixed_args()
     options.is_default = not options.files
+    options.kernels = options.kernels or ("reference" if options.data == "perf" else "xnnpack")
     options.files = (options.files or [cli.in_repository("checkpoints/resnet8.pt")]) + options.compare
     if options.keras and options.no_keras:
         parser.error("--keras and --no-keras cannot be combined")

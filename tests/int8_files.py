@@ -60,7 +60,7 @@ class TFLiteWriter:
         return path
 
 
-def random_int8(width=4, classes=10, softmax=True, seed=0, is_mean=False):
+def random_int8(width=4, classes=10, softmax=True, seed=0, is_mean=False, has_bias=True):
     """Return a QuantizedResNet8 with random weights, whose values mostly fit int8."""
     model, random = QuantizedResNet8(classes, width, 3, softmax, "litert"), np.random.default_rng(seed)
     model.pixels.zero_point.fill_(0)
@@ -84,6 +84,7 @@ def random_int8(width=4, classes=10, softmax=True, seed=0, is_mean=False):
             getattr(model.avgpool, buffer).copy_(getattr(model.layer3, buffer))
     model.fc.scale.fill_(0.05)
     model.fc.weight_scale.mul_(0.1)
+    model.fc.bias.mul_(has_bias)
     if softmax:
         model.softmax.scale.fill_(1 / 256)
         model.softmax.zero_point.fill_(-128)
@@ -126,6 +127,7 @@ def write_int8(
                 f"{name} bias", bias.shape, "int32", (scales * source.scale.item(), 0 * scales), bias
             ),
         ]
+        constants = constants if bias.any() else [constants[0], -1]
         output = file.tensor(name, shape, "int8", steps(module))
         operator = "FULLY_CONNECTED" if name == "fc" else "CONV_2D"
         return file.operator(operator, [x, *constants], output, kind, **options), height, width

@@ -13,7 +13,7 @@ from models.conversion import int8
 from models.conversion.int8 import convert_int8
 from models.resnet8_int8 import Convolution, QuantizedResNet8
 from models.transforms import layer_activations
-from tests.evaluating import SHARED
+from tests.evaluating import SHARED, evaluated, refused, with_few_images
 from tests.int8_files import random_int8, write_int8
 
 REFERENCE = SHARED / "mlperf_tiny/pretrainedResnet_quant.tflite"
@@ -21,7 +21,10 @@ CASES = {  # arguments of random_int8 and of write_int8
     "plain": ({}, {}),
     "uint8 in, float32 out": ({"seed": 1}, {"inputs": "uint8", "outputs": "float32"}),
     "MEAN, 100 classes, no softmax": ({"classes": 100, "softmax": False, "is_mean": True}, {}),
-    "3 classes, no RESHAPE, odd size": ({"width": 5, "classes": 3}, {"reshape": False, "image": (21, 30)}),
+    "3 classes, no bias, no RESHAPE, odd size": (
+        {"width": 5, "classes": 3, "has_bias": False},
+        {"reshape": False, "image": (21, 30)},
+    ),
 }
 # SHA-256 of the outputs of TensorFlow Lite Micro for "plain" and the first 100 images of the sample
 TFLM = "f51f7f041e5963b5516592139d0a87fb199aab1581716b4333e2b33d0fa28ae8"
@@ -178,6 +181,30 @@ def test_another_network_is_refused(tmp_path, change):
         convert_int8(path, tmp_path / "model.pt")
     assert all(word in str(caught.value) for word in words), caught.value
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- evaluate.py ------------------------------------------------------------------------------------------
+
+
+def test_evaluate_scores_it_as_litert_does(tmp_path, monkeypatch, sample, plain):
+    """The same probabilities as the file with the reference kernels; the table shows int8 and the kernels."""
+    convert_int8(plain, tmp_path / "model.pt")
+    with_few_images(monkeypatch, sample)
+    options = ("--kernels", "reference", "--no-keras")
+    stdout, metrics = evaluated("model.pt", "plain.tflite", *options, cwd=tmp_path)
+    (pair,), (compared,) = metrics["pairs"], metrics["compared"]
+    assert pair["same_prediction"] == 100 and pair["max_abs_probability_difference"] == 0
+    assert (metrics["format"], compared["throughput"]["kernels"]) == ("int8", "reference")
+    rows = [line.split() for line in stdout.splitlines() if "int8" in line]
+    assert rows[0][0] == "model.pt" and rows[0][-1] == "int8"
+    assert rows[1][0] == "plain.tflite" and rows[1][-1] == "reference"
+
+
+def test_a_damaged_int8_checkpoint_is_refused(tmp_path):
+    state = random_int8().state_dict()
+    del state["layer1.conv1.weight"]
+    torch.save(state, tmp_path / "model.pt")
+    assert "layer1.conv1.weight" in refused("model.pt", cwd=tmp_path)
 
 
 # --- The network -----------------------------------------------------------------------------------------

@@ -7,16 +7,21 @@ to OPERATORS by the graph, and runs LiteRT's reference kernels (BUILTIN_REF).
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from data.cifar10 import load_test
 from models.common.cli import VerificationError, echo, one_line, printable
-from models.common.files import json_path, sha256_of
+from models.common.files import Format, detect_format, json_path, read_metadata, sha256_of
 from models.common.job import Job, JobError, Message, limit_resources, serve
+from models.normalization import Normalization
+
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
 
 IMAGES = 200  # compared; every tenth is random
 MEMORY, CPU_SECONDS = 4 * 2**30, 300
@@ -99,6 +104,26 @@ def convert_int8(path: Path, output: Path, verbose: bool = False) -> dict:
     metadata = write_checkpoint(output, model, metadata)
     echo(f"  wrote {output} and {json_path(output)}")
     return metadata
+
+
+def read_int8(path: Path) -> Checkpoint | None:
+    """Return the int8 network in a checkpoint, which takes pixels; None for another file.
+
+    Its source is no baseline: LiteRT's file. Raises OSError, or ValueError with one line.
+    """
+    from models.checkpoint import Checkpoint, load_torch
+    from models.resnet8_int8 import QuantizedResNet8
+
+    state = load_torch(path) if detect_format(path) is Format.TORCH else None
+    if not isinstance(state, dict) or "quantize.scale" not in state:
+        return None
+    try:
+        model = QuantizedResNet8.from_state_dict(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not an int8 ResNet8 ({one_line(error)})") from None
+    pixels, metadata = Normalization.from_args(model.conv1.weight.shape[1]), read_metadata(path)
+    metadata = {**metadata, "source": {}, "input": {**asdict(pixels), **metadata.get("input", {})}}
+    return Checkpoint(path, model, sha256_of(path), pixels, metadata)
 
 
 # --- In the job -------------------------------------------------------------------------------------------
@@ -184,12 +209,12 @@ def match_operators(operators: list[Operator], interpreter: object) -> tuple[dic
             check(f"{node} ({kinds[node]}): {option}", str(value), str(required[option]))
         add(node, output, "int8")
         if sizes or node == "fc":
-            weight, bias = (interpreter.get_tensor(number) for number in constants)
+            weight, *bias = (interpreter.get_tensor(number) for number in constants if number >= 0)
             check(f"{node} ({kinds[node]}): dtype of the weight", weight.dtype.name, "int8")
             scales = tensors[constants[0]]["quantization_parameters"]["scales"]
             state[f"{node}.weight"] = weight.transpose(0, 3, 1, 2) if sizes else weight[:, :, None, None]
             state[f"{node}.weight_scale"] = np.broadcast_to(scales, len(weight))
-            state[f"{node}.bias"] = bias
+            state[f"{node}.bias"] = bias[0] if bias else np.zeros(len(weight), np.int32)
     state["avgpool.is_mean"] = np.bool_(kinds["avgpool"] == "MEAN")
     others = [each.kind for each in operators if each.kind != "DEQUANTIZE" or each.inputs[0] != output]
     check("operator after the last", ", ".join(others) or "none", "none")

@@ -21,6 +21,7 @@ from models.evaluation.metrics import BATCH_EFFECT, Predictions, check_outputs, 
 from models.evaluation.runtimes import CORES, measure_file
 from models.normalization import Normalization
 from models.resnet8 import ResNet8
+from models.resnet8_int8 import QuantizedResNet8
 from models.transforms import layer_activations, layer_in_train_mode
 
 
@@ -195,7 +196,22 @@ def predictor(dataset: Dataset, options: argparse.Namespace) -> Callable[..., Pr
         normalization, path, model = checkpoint.normalization, checkpoint.path, checkpoint.model
         if model is None:
             is_assumed = checkpoint.assumes_normalization
-            return measure_file(path, dataset, normalization, name, options.allow_code, is_assumed)
+            allowed = options.allow_code, is_assumed, options.kernels
+            return measure_file(path, dataset, normalization, name, *allowed)
+        if isinstance(model, QuantizedResNet8):
+            where = torch.device("cpu") if device.type == "mps" else device  # which lacks float64
+            quantized, pixels = model.to(where), Normalization.from_args(dataset.images.shape[1])
+            predictions = measure(
+                lambda batch: quantized(batch.to(where), dequantize=True),
+                dataset,
+                pixels,
+                name,
+                batch_size,
+                workers,
+                path,
+            )
+            ran = {"device": where.type, "dtype": "int8", "batch_norm_folded": None}
+            return replace(predictions, throughput={**predictions.throughput, **ran}, format="int8")
         fused = None
         if (device.type, options.dtype) == ("cpu", "float32"):
             fused = fuse(model, torch.from_numpy(normalization(dataset.images[:batch_size])).float())

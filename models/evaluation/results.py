@@ -25,7 +25,7 @@ KEYS = {"checkpoint", "checkpoint_sha256", "dataset", "pytorch", "pairs"}  # of 
 LONGEST_NAME = 28  # characters, so that the tables fit 80 columns
 MANY = 20  # models; of more, each is compared with Keras and CHECKPOINT only: a pair takes 6 ms
 HEADINGS = ["model", "accuracy\n%", "95 %\nCI", "same\nclass", "McNemar\np", "largest\ndifference"]
-HEADINGS += ["loss\nnats", "size\nkB", "images\nper s", "format"]  # in a second table
+HEADINGS += ["AUC", "loss\nnats", "size\nkB", "images\nper s", "format"]  # in a second table
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,8 @@ class Evaluation:
                 f"same class, largest difference (of a probability): compared with {self.shown[0].name}\n"
                 "p >= 0.05: the difference in accuracy is not significant (McNemar's exact test)"
             )
-        parts.append(format_table([row[:1] + row[6:] for row in rows]))
+        first = 6 if self.dataset.part == "perf" else 7  # with AUC, as MLPerf Tiny's runner
+        parts.append(format_table([row[:1] + row[first:] for row in rows]))
         if self.per_class or not self.compared:
             classes = [["accuracy, %", *self.dataset.class_names], *map(class_row, self.shown)]
             parts.append(format_table(classes, gap=1))
@@ -102,15 +103,19 @@ def row_of(each: Predictions, pair: Comparison | None) -> list[str]:
     if pair:
         difference = difference_text(pair["max_abs_probability_difference"])
         compared = [f"{pair['same_prediction']:,}", p_text(pair["mcnemar_p"]), difference]
+    kernels = (each.throughput or {}).get("kernels")
     return [
         each.name,
         percent(each.metrics["accuracy"]),
         "-".join(map(percent, each.metrics["confidence_interval_95"])),
         *compared,
+        "-" if each.metrics["auc"] is None else f"{each.metrics['auc']:.4f}",
         f"{each.metrics['loss']:.4f}",
         f"{each.file_bytes / 1000:.0f}",
         f"{each.throughput['images_per_second']:,.0f}" if each.throughput else "",
-        each.format or "state_dict",
+        f"{each.format.replace('TensorFlow Lite', 'TFLite')}, {kernels}"
+        if kernels
+        else each.format or "state_dict",
     ]
 
 

@@ -43,16 +43,19 @@ def measure_file(
     name: str,
     allow_code: bool,
     is_assumed: bool = False,
+    kernels: str = "xnnpack",
 ) -> Predictions:
     """Return the predictions of the network in a file. Raises ValueError with one line.
 
-    8-bit inputs take the pixels' bytes (int8: minus 128) if the normalization `is_assumed`.
+    8-bit inputs take the pixels' bytes (int8: minus 128) if the normalization `is_assumed`. `kernels` are
+    LiteRT's, "xnnpack" or "reference".
     """
     file_format = detect_format(path)
     if file_format is Format.EXPORTED and not allow_code:
         raise ValueError(f"{path}: can run code when loaded; if you trust its author, add --allow-code")
     request = {"path": str(path.absolute()), "format": file_format.name}
     request |= {"normalization": asdict(normalization), "is_assumed": is_assumed}
+    request["settings"] = [kernels] if file_format is Format.TFLITE else []
     try:
         job = Job("models.evaluation.runtimes")
         answer, arrays = job.run(request, {"images": dataset.images}, SECONDS)
@@ -65,7 +68,7 @@ def measure_file(
     if not is_float and np.abs(outputs).max() > 1:
         raise ValueError(f"{path}: all outputs are integers, of an unknown scale; {LAST_OPERATOR}")
     throughput = {"images_per_second": len(dataset) / answer["seconds"], "workers": 1, "device": "cpu"}
-    throughput |= {"batch_norm_folded": None}
+    throughput |= {"batch_norm_folded": None} | ({"kernels": kernels} if request["settings"] else {})
     throughput |= {key: answer[key] for key in ("seconds", "batch_size", "dtype")}
     external = tuple(path.parent / each for each in answer["external_data"])
     content = b"".join(map(read_regular, (path, *external))) if external else None
@@ -132,11 +135,13 @@ class Network:
     external_data: tuple[str, ...] = ()  # further files, relative to the file's folder
 
 
-def open_tflite(path: Path) -> Network:
-    """Open a TensorFlow Lite file in LiteRT, which runs most operators with XNNPACK."""
-    from ai_edge_litert.interpreter import Interpreter
+def open_tflite(path: Path, kernels: str) -> Network:
+    """Open a TensorFlow Lite file in LiteRT, for XNNPACK, its default, or the reference kernels."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-    interpreter = Interpreter(str(path), num_threads=CORES)
+    resolvers = {"xnnpack": OpResolverType.AUTO, "reference": OpResolverType.BUILTIN_REF}
+    resolver = resolvers[kernels]
+    interpreter = Interpreter(str(path), num_threads=CORES, experimental_op_resolver_type=resolver)
     details = only(interpreter.get_input_details()), only(interpreter.get_output_details())
     tensors = []
     for each in details:
@@ -271,7 +276,7 @@ def run_task(request: dict, arrays: dict[str, np.ndarray]) -> Message:
     try:
         import_module(library)
         limit_resources(MEMORY, SECONDS * CORES)
-        network = opener(Path(request["path"]))
+        network = opener(Path(request["path"]), *request["settings"])
         normalization = Normalization(**request["normalization"])
         return run_network(network, arrays["images"], normalization, request["is_assumed"])
     except JobError:

@@ -18,6 +18,7 @@ from models.evaluation.metrics import (
     compare,
     difference_text,
     log_softmax,
+    macro_auc,
     mcnemar_p,
     near_chance_notes,
     p_text,
@@ -55,6 +56,11 @@ def test_metrics_of_the_command_and_of_score_equal_pytorchs(tmp_path, sample):
         assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     per_class = {name: confusion[i][i] / sum(confusion[i]) for i, name in enumerate(CLASS_NAMES)}
     assert ours["per_class_accuracy"] == pytest.approx(per_class)
+    scores = [logits.softmax(1)[:, label] for label in range(10)]
+    orders = [score[labels == label, None] - score[labels != label] for label, score in enumerate(scores)]
+    areas = [((order > 0) + (order == 0) / 2).double().mean().item() for order in orders]
+    for auc in (ours.pop("auc"), predictions.metrics["auc"]):
+        assert auc == pytest.approx(sum(areas) / 10, rel=1e-4)  # float32 orders near scores otherwise
     ours.pop("loss")
     assert all(np.array_equal(value, predictions.metrics[name]) for name, value in ours.items())
     throughput = metrics["throughput"]
@@ -213,6 +219,12 @@ def test_a_class_without_images_has_no_accuracy():
     assert accuracies.pop("cat") is None
     assert set(accuracies.values()) == {0.5} and subset.metrics["accuracy"] == 0.5
     assert compare(subset, subset)["same_prediction"] == 90
+
+
+def test_auc_counts_equal_scores_half_and_leaves_out_classes_without_images():
+    scores, labels = np.array([[3, 0, 9], [2, 1, 9], [2, 1, 9], [1, 5, 9.0]]), np.array([0, 0, 1, 1])
+    assert macro_auc(scores, labels) == pytest.approx((3.5 / 4 + 3.5 / 4) / 2)
+    assert macro_auc(scores, np.zeros(4, int)) is None
 
 
 def test_short_names():

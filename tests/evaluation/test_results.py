@@ -106,7 +106,11 @@ def test_a_row_has_the_models_figures(make):
         p_text(pair["mcnemar_p"]),
         difference_text(pair["max_abs_probability_difference"]),
     ]
-    assert files.splitlines()[-1].split() == ["b.pt", f"{metrics['loss']:.4f}", "312", "1,234", "state_dict"]
+    row = [f"{metrics['loss']:.4f}", "312", "1,234", "state_dict"]
+    assert files.splitlines()[-1].split() == ["b.pt", *row]
+    evaluation = replace(evaluation, dataset=replace(evaluation.dataset, part="perf"))
+    *_, files, _ = evaluation.summary().split("\n\n")
+    assert files.splitlines()[-1].split() == ["b.pt", f"{metrics['auc']:.4f}", *row]
     assert len(accuracy.splitlines()[2].split()) == 3  # Keras is not compared with itself
 
 
@@ -151,7 +155,7 @@ def test_keys_and_values_of_metrics_json(real):
     stdout, metrics = evaluated("model.pt", "thin.pt", cwd=real)
     file = "checkpoint checkpoint_sha256 input throughput format file_bytes outputs sparsity network"
     file = set(file.split())
-    measured = {"accuracy", "correct", "confidence_interval_95", "loss"}
+    measured = {"accuracy", "correct", "confidence_interval_95", "auc", "loss"}
     measured |= {"per_class_accuracy", "confusion_matrix"}
     whole = "dataset pytorch keras agreement compared pairs guards notes environment date".split()
     assert metrics.keys() == file | set(whole)
