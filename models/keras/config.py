@@ -28,9 +28,9 @@ KERAS_CLASSES = TRAINING_LAYERS | set(
     LeakyReLU PReLU ELU LayerNormalization GroupNormalization CenterCrop RandomCrop Embedding
     """.split()
 )
-CUSTOM_CLASSES = {  # beginning of a class name, after that of its package -> library and next step
+CUSTOM_CLASSES = {  # pattern of a class name, without its package -> library and next step
     "PruneLowMagnitude": "tfmot's: save tfmot.sparsity.keras.strip_pruning(model)",
-    "QuantizedDTypePolicy": "of Keras's quantize(): save the model before quantize()",
+    r"QuantizedDTypePolicy|Int\dQuantization|AbsMaxQuantizer": "Keras's: save it before quantize()",
     "Quantize": "tfmot's: export the model to .tflite, which evaluate.py evaluates",
     "Quant": "Larq's, which computes with quantized weights: save the float model",
     "Q": "QKeras's, which computes with quantized weights: save the float model",
@@ -107,7 +107,7 @@ def check_class(value: dict) -> None:
     advice = "custom classes are not supported"
     if not isinstance(name, str) or name not in KERAS_CLASSES:
         class_name = str(name).rpartition(">")[2]
-        known = [CUSTOM_CLASSES[start] for start in CUSTOM_CLASSES if class_name.startswith(start)]
+        known = [text for pattern, text in CUSTOM_CLASSES.items() if re.match(pattern, class_name)]
         reason = f"of class {name}" + (f" ({known[0]})" if known else "")
         raise KerasFileError(f"{where} is {reason}, which a ResNet8 does not have; {advice}")
     if name == "Cast" and options.get("dtype") not in FLOATS:

@@ -384,6 +384,7 @@ SMUGGLED = [
         ("QuantizeWrapperV2", "tfmot"),
         ("PruneLowMagnitude", "strip_pruning"),
         ("QuantizedDTypePolicy", "quantize()"),
+        ("Int8QuantizationConfig", "quantize()"),
     ],
 )
 def test_class_of_a_known_library_is_named(name, word):
