@@ -129,7 +129,11 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def load_checkpoint(
-    path: Path, dataset: Dataset, notes: cli.Notes, options: argparse.Namespace, like: Checkpoint | None
+    path: Path,
+    dataset: Dataset,
+    notes: cli.Notes,
+    options: argparse.Namespace,
+    like: Checkpoint | None = None,
 ) -> Checkpoint:
     """Load a model that fits the data. Raises OSError, or ValueError with one line.
 

@@ -44,6 +44,8 @@ from tests.keras_files.networks import WRITERS
 from tests.keras_files.reading import ForkedReader
 from tests.runtime_files import write_onnx, write_tflite
 
+OPTIONS = argparse.Namespace(mean=None, std=None, dtype="float32", key=None)  # of evaluate.py
+
 MEMORY = 2 * 2**30  # bytes of address space, in addition to what the process has
 SLOW = 30  # seconds; only a hang takes as long
 REFUSALS = (ValueError, OSError, DataError, JobError, VerificationError)
@@ -227,7 +229,7 @@ def fuzz_json(folder, files):
 
     def read(content):
         (folder / "model.json").write_bytes(content)
-        normalization = load_checkpoint(folder / "model.pt", dataset, OneLineNotes()).normalization
+        normalization = load_checkpoint(folder / "model.pt", dataset, OneLineNotes(), OPTIONS).normalization
         mean, std = normalization.mean, normalization.std
         assert len(mean) == len(std) == 3 and np.isfinite([*mean, *std]).all() and all(std)
 
@@ -243,7 +245,7 @@ def fuzz_npz(folder, files):
 
     def read(content):
         path.write_bytes(content)
-        read_back = read_cache(path, dataset, OneLineNotes())
+        read_back = read_cache(path, dataset, OneLineNotes(), OPTIONS)
         if read_back is None:
             raise ValueError("damaged: Keras runs again")
         assert np.array_equal(read_back[0], cached) and read_back[1] == "a .h5", "another cache"
@@ -291,7 +293,7 @@ def fuzz_safetensors(folder, files):
 
     def read(content):
         (folder / "model.safetensors").write_bytes(content)
-        check_finite(load_checkpoint(folder / "model.safetensors", dataset, OneLineNotes()).model)
+        check_finite(load_checkpoint(folder / "model.safetensors", dataset, OneLineNotes(), OPTIONS).model)
 
     return damage, read
 
@@ -317,7 +319,7 @@ def fuzz_runtime(suffix, library, write, *variants):
 
         def read(content):
             path.write_bytes(content)
-            checkpoint = load_checkpoint(path, dataset, OneLineNotes())
+            checkpoint = load_checkpoint(path, dataset, OneLineNotes(), OPTIONS)
             assert checkpoint.model is None
             predictions = runtimes.measure_file(path, dataset, checkpoint.normalization, "model", False)
             assert predictions.log_probabilities.shape == (3, 10)
