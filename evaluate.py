@@ -47,7 +47,7 @@ from models.evaluation.metrics import (
 )
 from models.evaluation.results import Evaluation, check_results, write_results
 from models.graph import KNOWN_FILES
-from models.normalization import Normalization, fraction_note
+from models.normalization import Normalization, fraction_note, own_normalization
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed for `--help` or usage errors
     import numpy as np
@@ -250,16 +250,6 @@ def score(
     for note in predictions.notes + notes:
         warnings.warn(note, stacklevel=2)
     return predictions
-
-
-def own_normalization(network: object) -> Normalization | None:
-    """Return `network.normalization`, also of a network inside DataParallel or AveragedModel."""
-    while network is not None:
-        normalization = getattr(network, "normalization", None)
-        if isinstance(normalization, Normalization):
-            return normalization
-        network = getattr(network, "module", None)
-    return None
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -94,6 +94,16 @@ class Normalization:
         return f"(pixel - mean) / std, mean {mean}, std {std}"
 
 
+def own_normalization(network: object) -> Normalization | None:
+    """Return `network.normalization`, also of a network inside DataParallel or AveragedModel."""
+    while network is not None:
+        normalization = getattr(network, "normalization", None)
+        if isinstance(normalization, Normalization):
+            return normalization
+        network = getattr(network, "module", None)
+    return None
+
+
 def fraction_note(mean: list[float] | None, std: list[float] | None) -> str | None:
     """Return a note if `--mean` and `--std` look like those of torchvision's Normalize, for pixels 0-1."""
     if not mean or not std or max(map(abs, mean + std)) >= 1:
