@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 LIMIT = 1e30  # largest mean or std; float32 arithmetic with it does not overflow
-USUAL = (  # mean and std of the usual input normalizations
-    (0, 1),  # pixels 0-255
-    (0, 255),  # pixels / 255: torchvision's ToTensor
-    (127.5, 127.5),  # -1 to 1: mode "tf" of keras.applications
-    (128, 128),
-    (128, 1),  # pixels - 128, as int8 inputs store them
-    ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]),  # of CIFAR-10's training images
-    ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),  # of ImageNet: torchvision's pretrained models
+USUAL = (  # mean and std of the usual input normalizations; their names and sources
+    (0, 1),  # pixels 0-255: mlcommons/tiny's ResNet8
+    (0, 255),  # 0 to 1: torchvision.transforms.ToTensor
+    (127.5, 127.5),  # -1 to 1: keras.applications.imagenet_utils.preprocess_input, mode "tf"
+    (128, 128),  # about -1 to 1: IMAGE_MEAN and IMAGE_STD of TensorFlow Lite's Android examples
+    (128, 1),  # pixels - 128: the bytes of int8 inputs of scale 1, zero point -128
+    ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]),  # CIFAR-10's: all pixels of its 50,000 training images
+    ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),  # ImageNet's: torchvision's models, times 255
 )
 
 
