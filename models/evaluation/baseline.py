@@ -98,7 +98,7 @@ def keras_normalization(checkpoint: Checkpoint, keras_file: Path, sha256: str) -
     is_same = (
         origin.get("sha256") == checkpoint.sha256 and origin.get("input", {}).items() <= described.items()
     )
-    if is_same and not checkpoint.assumes_normalization:  # but perhaps overrides it
+    if is_same and not checkpoint.assumes_normalization:  # an option overrides both
         return pytorch
     if not described and source.get("sha256") == sha256:
         described = source.get("input", {})
