@@ -297,18 +297,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: the fastest)")
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(default: float32)")
-    add(
-        "--batch-size",
-        metavar="N",
-        type=cli.positive_int,
-        help="images per batch (default: 64 on CPU, else 1024)",
-    )
-    add(
-        "--workers",
-        metavar="N",
-        type=cli.positive_int,
-        help="inference threads (default: one per core on CPU, else 1)",
-    )
+    add("--batch-size", metavar="N", type=cli.positive_int, help="images per batch (64; on a GPU 1024)")
+    add("--workers", metavar="N", type=cli.positive_int, help="inference threads (a core each; on a GPU 1)")
     add = parser.add_argument_group("results").add_argument
     add(
         "--output", metavar="DIR", type=Path, default=Path("results"), help="output folder (default: results)"
