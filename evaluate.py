@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +45,6 @@ from models.evaluation.metrics import (
     short_names,
 )
 from models.evaluation.results import Evaluation, check_results, write_results
-from models.graph import KNOWN_FILES
 from models.normalization import Normalization, fraction_note, own_normalization
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed for `--help` or usage errors
@@ -83,8 +81,8 @@ def evaluate(options: argparse.Namespace) -> int:
 
     # Check inputs and outputs before the expensive steps
     check_results(options.output)
-    if options.report and find_spec("matplotlib") is None:
-        raise ValueError("--report needs: pip install matplotlib")
+    if options.report:
+        cli.check_installed("matplotlib", "matplotlib", "--report")
     for path in filter(None, [*files, options.keras]):
         check_package(path)  # raises OSError for a missing file
     dataset = load_test(options.data_dir, options.data, options.download)
@@ -180,9 +178,8 @@ def load_checkpoint(
             notes.add(f"{missing}: assuming pixels 0-255 for {path.name}; override with --mean and --std")
     if "sha256" in checkpoint.metadata and not checkpoint.is_as_converted:
         notes.add(f"{path} was modified after conversion (fine-tuned?): its SHA-256 is not in {json_name}")
-    for sha256, relation in ((checkpoint.sha256, "is"), (checkpoint.origin, "was converted from")):
-        if sha256 in KNOWN_FILES:
-            cli.echo(f"{path} {relation} {KNOWN_FILES[sha256]}")
+    if checkpoint.known:
+        cli.echo(checkpoint.known)
     return checkpoint
 
 

@@ -32,6 +32,7 @@ from models.common.files import (
     write_with_json,
 )
 from models.common.state_dict import COUNTER, INTEGERS, SAVE, add_biases, apply_masks, find_state_dict
+from models.graph import KNOWN_FILES
 from models.normalization import Normalization
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -97,6 +98,14 @@ class Checkpoint:
     def origin(self) -> str | None:
         """SHA-256 of the file that this one was converted from, if the JSON has it."""
         return self.metadata.get("source", {}).get("sha256")
+
+    @property
+    def known(self) -> str:
+        """A line on the published model that it is, or was converted from; "" for others."""
+        for sha256, relation in ((self.sha256, "is"), (self.origin, "was converted from")):
+            if sha256 in KNOWN_FILES:
+                return f"{self.path} {relation} {KNOWN_FILES[sha256]}"
+        return ""
 
 
 def read_checkpoint(

@@ -46,7 +46,8 @@ def test_from_checkpoint(tmp_path):
     with torch.no_grad():
         model(torch.randn(8, 1, 16, 16))  # changes the running statistics
     images, path = torch.randn(3, 1, 20, 20), saved(tmp_path / "model.pt", model.eval().state_dict())
-    loaded = ResNet8.from_checkpoint(path)
+    with pytest.warns(UserWarning, match="epsilon"):
+        loaded = ResNet8.from_checkpoint(path)
     assert (loaded.bn1.eps, loaded.layer3.bn2.momentum) == (1e-3, 0.01)  # without a JSON: Keras's defaults
     assert not torch.allclose(loaded(images), model(images))
     (tmp_path / "model.json").write_text(json.dumps({"architecture": {"bn_eps": 5e-3, "bn_momentum": 0.3}}))

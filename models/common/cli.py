@@ -10,6 +10,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +122,12 @@ class Notes:
         if line not in self.lines:
             self.lines.append(line)
             echo(f"note: {line}")
+
+
+def check_installed(module: str, packages: str, user: str) -> None:
+    """Raise ValueError, with pip's command for `packages`, if a module that `user` needs is missing."""
+    if find_spec(module) is None:
+        raise ValueError(f"{user} needs: pip install {packages}")
 
 
 def in_repository(name: str) -> Path:

@@ -12,11 +12,10 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
-from models.common.cli import OutputExistsError, one_line
+from models.common.cli import OutputExistsError, check_installed, one_line
 from models.normalization import LIMIT
 
 KERAS_SUFFIXES = (".h5", ".keras")
@@ -120,9 +119,8 @@ def refusal(found: Format, readable: tuple[Format, ...], expected: str) -> str:
 def check_package(path: Path) -> None:
     """Raise ValueError, with pip's command, if the package that reads a file is missing. Raises OSError."""
     found = detect_format(path)
-    module, packages = PACKAGES.get(found, ("sys", ""))
-    if find_spec(module) is None:
-        raise ValueError(f"{path}: is {found.value}, which needs: pip install {packages}")
+    if found in PACKAGES:
+        check_installed(*PACKAGES[found], f"{path}: is {found.value}, which")
 
 
 def detect_content(file: BinaryIO) -> Format:
