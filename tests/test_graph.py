@@ -102,7 +102,7 @@ def test_known_multiply_accumulates(width):
         ("other", (10, 16, 3), (32, 32), "width 16 IC01 12.5"),
         ("other", (10, 40, 3), (32, 32), "width 40 IC02 76.5"),
         ("other", (10, 26, 3), (32, 32), "width 26 pretrainedResnet.h5 32.6"),
-        (*KNOWN_FILES, (10, 16, 3), (32, 32), "IC01 12.5"),
+        (next(iter(KNOWN_FILES)), (10, 16, 3), (32, 32), "IC01 12.5"),
         ("other", (10, 17, 3), (32, 32), ""),
         ("other", (100, 16, 3), (32, 32), ""),
         ("other", (10, 16, 1), (32, 32), ""),
