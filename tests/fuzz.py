@@ -245,7 +245,7 @@ def fuzz_npz(folder, files):
 
     def read(content):
         path.write_bytes(content)
-        read_back = read_cache(path, dataset, OneLineNotes(), OPTIONS)
+        read_back = read_cache(path, dataset, OneLineNotes())
         if read_back is None:
             raise ValueError("damaged: Keras runs again")
         assert np.array_equal(read_back[0], cached) and read_back[1] == "a .h5", "another cache"

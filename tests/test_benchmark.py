@@ -12,7 +12,9 @@ def test_contenders_agree_and_failures_are_reported(tmp_path):
     torch.save(ResNet8().state_dict(), tmp_path / "model.pt")
     images = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), np.uint8)
     normalization = {"mean": [0.0] * 3, "std": [255.0] * 3}
-    request = {name: str(tmp_path / name) for name in ("keras", "onnx")} | {"pt": str(tmp_path / "model.pt")}
+    request = {name: str(tmp_path / name) for name in ("keras", "onnx", "tflite", "int8")} | {
+        "pt": str(tmp_path / "model.pt")
+    }
     request["normalization"] = {"pytorch": normalization, "keras": normalization}
     plain, onnx = "plain NCHW PyTorch loop", "ONNX Runtime, its own threads"
     results, failures = run.race([run.OURS, plain, onnx, run.LIMIT], images, request, rounds=1)

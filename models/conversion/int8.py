@@ -7,10 +7,11 @@ to OPERATORS by the graph, and runs LiteRT's reference kernels (BUILTIN_REF).
 from __future__ import annotations
 
 import os
+from collections import namedtuple
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -71,23 +72,23 @@ def convert_int8(path: Path, output: Path, verbose: bool = False) -> dict:
             answer, arrays = job.run({}, {"content": content, "images": images})
             state = {name: torch.from_numpy(arrays.pop(name)) for name in answer["state"]}
             model = QuantizedResNet8.from_state_dict(state)
-        except (JobError, RuntimeError) as error:
-            raise ValueError(str(error) if isinstance(error, JobError) else one_line(error)) from None
+        except JobError as error:
+            raise ValueError(f"{'damaged: ' * error.crashed}{error}") from None
+        except RuntimeError as error:  # shapes
+            raise ValueError(one_line(error)) from None
         lines.append(f"{len(answer['kinds'])} operators with {len(state)} tensors matched")
     for name, value in state.items() if verbose else ():
         echo(f"    {name:<30} {tuple(value.shape) or value.item()}")
     with stage("outputs") as lines:
         computed = layer_activations(model, torch.from_numpy(arrays["images"]))
         for node, kind in answer["kinds"].items():
-            different = int((computed[node].ravel() != arrays[node].ravel()).sum())
+            size, different = arrays[node].size, (computed[node].ravel() != arrays[node].ravel()).sum()
             if different:
-                reason = (
-                    f"{different:,} of {arrays[node].size:,} bytes differ from LiteRT's reference kernels"
-                )
+                reason = f"{different:,} of {size:,} bytes differ from LiteRT's reference kernels"
                 raise VerificationError(f"{node} ({kind}): {reason}; expected none")
         size = sum(computed[node].size for node in answer["kinds"])
         lines.append(
-            f"{size:,} bytes, {IMAGES} images: equal to LiteRT {answer['litert']}'s reference kernels"
+            f"{size:,} bytes of {IMAGES} images equal to LiteRT {answer['litert']}'s reference kernels"
         )
 
     num_classes, width, channels = len(model.fc.bias), *model.conv1.weight.shape[:2]
@@ -129,13 +130,7 @@ def read_int8(path: Path) -> Checkpoint | None:
 # --- In the job -------------------------------------------------------------------------------------------
 
 
-class Operator(NamedTuple):
-    """An operator of the file; its inputs and output are numbers of tensors."""
-
-    kind: str
-    inputs: list[int]
-    output: int
-    options: dict
+Operator = namedtuple("Operator", "kind inputs output options")  # inputs and output: numbers of tensors
 
 
 def read_operators(content: bytes) -> list[Operator]:
@@ -200,10 +195,8 @@ def match_operators(operators: list[Operator], interpreter: object) -> tuple[dic
         operators.remove(fitting[0])
         kinds[node], (_, *constants), output, options = fitting[0]
         required = {"fusedActivationFunction": activation}
-        if sizes:
-            required |= {"strideH": sizes[1], "strideW": sizes[1]} | (
-                {"padding": "SAME"} if sizes[0] > 1 else {}
-            )
+        required |= {"strideH": sizes[1], "strideW": sizes[1]} if sizes else {}
+        required |= {"padding": "SAME"} if sizes[:1] == [3] else {}  # equal to VALID for 1x1
         for option in required.keys() & options.keys():
             value = NAMES[option][options[option]] if option in NAMES else options[option]
             check(f"{node} ({kinds[node]}): {option}", str(value), str(required[option]))
@@ -228,9 +221,8 @@ def run_reference(interpreter: object, sample: np.ndarray, outputs: dict[str, in
     """
     (pixels,) = interpreter.get_input_details()
     _, height, width, channels = pixels["shape"]
-    images = sample[:, np.arange(channels) % 3][:, :, np.arange(height) % 32][
-        ..., np.arange(width) % 32
-    ].copy()
+    images = np.tile(sample, (1, channels // 3 + 1, height // 32 + 1, width // 32 + 1))
+    images = images[:, :channels, :height, :width].copy()
     images[::10] = np.random.default_rng(0).integers(0, 256, images[::10].shape)
     computed = {node: [] for node in outputs}
     for image in images.transpose(0, 2, 3, 1)[:, None]:

@@ -25,12 +25,14 @@ TRIAL_IMAGES = 1_000  # for the choice of the batch size
 
 @dataclass(frozen=True)
 class Files:
-    """The same model in three formats, and the images."""
+    """The same model in three formats, in int8 in two, and the images."""
 
     images: np.ndarray  # (N, C, H, W) uint8
     pt: str
     keras: str
     onnx: str
+    tflite: str
+    int8: str  # the .pt of `tflite`
     normalization: dict[str, dict]  # "pytorch", "keras" -> the arguments of `Normalization`
 
     def channels_first(self, framework="pytorch"):
@@ -126,6 +128,47 @@ def onnxruntime_sessions(files):
     return onnxruntime(files, sessions=os.cpu_count() or 1)
 
 
+def int8_pytorch(files):
+    from models.evaluation import inference
+    from models.resnet8_int8 import QuantizedResNet8
+
+    model, pixels = QuantizedResNet8.from_checkpoint(files.int8), Normalization.from_args(3)
+    batch_size, workers = inference.batches_for(inference.choose_device("cpu"))
+
+    def run(images, size):
+        return inference.predict(model, images, pixels, size, workers)
+
+    return run, files.images, [batch_size]
+
+
+def litert_reference(files):
+    """LiteRT's reference kernels, which have no threads: an interpreter a core."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    settings = {"experimental_op_resolver_type": OpResolverType.BUILTIN_REF}
+    loaded = [Interpreter(files.tflite, **settings) for _ in range(os.cpu_count() or 1)]
+    for interpreter in loaded:
+        interpreter.allocate_tensors()
+    (pixels,), (probabilities,) = loaded[0].get_input_details(), loaded[0].get_output_details()
+
+    def run(images, size):
+        def share(index):
+            outputs = []
+            for image in images[index :: len(loaded)]:
+                loaded[index].set_tensor(pixels["index"], image[None])
+                loaded[index].invoke()
+                outputs.append(loaded[index].get_tensor(probabilities["index"]))
+            return np.concatenate(outputs)
+
+        outputs = np.empty((len(images), *probabilities["shape"][1:]), np.int8)
+        with ThreadPoolExecutor(len(loaded)) as pool:
+            for index, computed in enumerate(pool.map(share, range(len(loaded)))):
+                outputs[index :: len(loaded)] = computed
+        return outputs
+
+    return run, np.ascontiguousarray((files.images ^ 128).view(np.int8).transpose(0, 2, 3, 1)), [1]
+
+
 def matrix_product(files):
     import torch
 
@@ -150,6 +193,8 @@ CONTENDERS = {  # name in the tables -> (function that loads it, library)
     "ONNX Runtime, its own threads": (onnxruntime, "onnxruntime"),
     "ONNX Runtime, a session a core": (onnxruntime_sessions, "onnxruntime"),
     "tf2onnx and onnx2torch": (onnx2torch, "onnx2torch"),
+    "evaluate.py, int8": (int8_pytorch, "torch"),
+    "LiteRT's reference kernels, int8": (litert_reference, "ai_edge_litert"),
     "the limit: a matrix product": (matrix_product, "torch"),
 }
 
@@ -185,6 +230,21 @@ def export_onnx(keras_file, onnx_file):
     return {}, {}
 
 
+def export_int8(keras_file, tflite_file, images):
+    """Write the Keras model as int8 TensorFlow Lite, calibrated on (N, C, H, W) uint8 images."""
+    import keras
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_keras_model(keras.models.load_model(keras_file, compile=False))
+    inputs = images.transpose(0, 2, 3, 1)[:, None].astype(np.float32)
+    converter.representative_dataset = lambda: ([image] for image in inputs)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.inference_input_type = converter.inference_output_type = tf.int8
+    Path(tflite_file).write_bytes(converter.convert())
+    return {}, {}
+
+
 def peak_memory():
     """Return this process's peak resident memory in MB; `ru_maxrss` begins with its parent's peak."""
     status = Path("/proc/self/status").read_text()
@@ -193,6 +253,8 @@ def peak_memory():
 
 def run_task(request, arrays):
     try:
+        if "tflite_file" in request:
+            return export_int8(**request, **arrays)
         return export_onnx(**request) if "onnx_file" in request else run_contender(**request, **arrays)
     except Exception as error:  # a contender's libraries may be missing, or fail
         raise JobError(one_line(error)) from None

@@ -207,10 +207,17 @@ def measure(keras_file, data_dir, rounds, quick):
         print(files_table(measure_files(checkpoint, file_counts, rounds)), flush=True)
 
         paths = {"pt": str(checkpoint), "keras": str(keras_file), "onnx": str(folder / "resnet8.onnx")}
+        paths |= {"tflite": str(folder / "int8.tflite"), "int8": str(folder / "int8.pt")}
         try:
             Job(MODULE).run({"keras_file": paths["keras"], "onnx_file": paths["onnx"]}, {})
         except JobError as error:
             print(f"no ONNX file: {error}", file=sys.stderr)
+        try:
+            request = {"keras_file": paths["keras"], "tflite_file": paths["tflite"]}
+            Job(MODULE).run(request, {"images": dataset.images[:100]})
+            python("convert.py", paths["tflite"], "-o", paths["int8"])
+        except (JobError, RuntimeError) as error:
+            print(f"no int8 file: {error}", file=sys.stderr)
         metadata = json.loads(checkpoint.with_suffix(".json").read_text())
         inputs = {"pytorch": metadata["input"], "keras": metadata["source"]["input"]}
         inputs = {name: {key: each[key] for key in ("mean", "std")} for name, each in inputs.items()}
