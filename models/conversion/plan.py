@@ -12,6 +12,7 @@ from models.common.files import (
     KERAS_FORMATS,
     KERAS_SUFFIXES,
     RUNTIME_FORMATS,
+    Format,
     detect_format,
     is_checkpoint,
     json_path,
@@ -40,13 +41,13 @@ def plan(files: list[Path], output: str) -> list[Task]:
         raise ValueError(f"-o {output}: expected a folder for several files")
     tasks, default = [], in_repository(DEFAULT_INPUT)
     for path in dict.fromkeys(files or [default]):
-        to_keras, reason = is_checkpoint(path), refusal_of(path)
+        to_keras = is_checkpoint(path)
         target = path.with_suffix(".h5" if to_keras else ".pt")
         if path.absolute() == default.absolute():
             target = path.with_name("resnet8.pt")
         if output:
             target = Path(output, target.name) if is_folder or len(files) > 1 else Path(output)
-        is_expected = to_keras == (target.suffix in KERAS_SUFFIXES)
+        reason, is_expected = refusal_of(path, target), to_keras == (target.suffix in KERAS_SUFFIXES)
         if not reason and (not is_expected or target.suffix.lower() in OTHER_SUFFIXES):
             expected = " or ".join(KERAS_SUFFIXES) if to_keras else ".pt"
             raise ValueError(f"-o {target}: expected {expected} as the output for {path}")
@@ -55,14 +56,17 @@ def plan(files: list[Path], output: str) -> list[Task]:
     return tasks
 
 
-def refusal_of(path: Path) -> str:
+def refusal_of(path: Path, output: Path) -> str:
     """Return why a file of this format is not converted, and the next step; "" if it may be."""
+    readable = (*KERAS_FORMATS, *CHECKPOINT_FORMATS)
+    if output.suffix not in KERAS_SUFFIXES:
+        readable = (*readable, Format.TFLITE)
     try:
         found = detect_format(path)
         known = KNOWN_FILES.get(sha256_of(path)) if found in RUNTIME_FORMATS else None
     except OSError:  # it is read, and named, later
         return ""
-    reason = refusal(found, (*KERAS_FORMATS, *CHECKPOINT_FORMATS), "expected a Keras file or a checkpoint")
+    reason = refusal(found, readable, "expected a Keras file or a checkpoint")
     return f"{reason} ({known})" if known else reason
 
 
