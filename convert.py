@@ -43,10 +43,10 @@ from models.common.cli import (
     printable,
     run,
 )
-from models.common.files import check_outputs, is_tflite, json_path, metadata_if_current, write_with_json
+from models.common.files import check_outputs, json_path, metadata_if_current, write_with_json
 from models.common.job import JobError
 from models.conversion.match import add_rescaling, layers_of_state_dict, place_weights
-from models.conversion.plan import DEFAULT_INPUT, Task, plan
+from models.conversion.plan import DEFAULT_INPUT, Task, is_tflite, plan
 from models.keras.file import read_keras_content, read_keras_file
 from models.keras.reference import Keras
 from models.normalization import Normalization, fraction_note

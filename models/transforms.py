@@ -1,4 +1,7 @@
-"""Networks equivalent to a ResNet8: folded, with symmetric padding, of another class; its activations."""
+"""Networks equivalent to a ResNet8: folded, with symmetric padding, of another class; its activations.
+
+`model` is a `ResNet8`; this file works with any class of the same modules.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -10,8 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.resnet8 import ResNet8
-
 
 def layer_in_train_mode(network: nn.Module) -> str | None:
     """Return the name of the first BatchNorm or Dropout in train mode, which would change the outputs."""
@@ -20,7 +21,7 @@ def layer_in_train_mode(network: nn.Module) -> str | None:
     return next((name or "it" for name, each in layers if each.training and getattr(each, "p", 1)), None)
 
 
-def layer_activations(model: ResNet8, images: torch.Tensor) -> dict[str, np.ndarray]:
+def layer_activations(model: nn.Module, images: torch.Tensor) -> dict[str, np.ndarray]:
     """Capture intermediate activations with forward hooks.
 
     Returns every layer's output for (N, C, H, W) normalized `images`, by the names of GRAPH
@@ -57,7 +58,7 @@ def layer_activations(model: ResNet8, images: torch.Tensor) -> dict[str, np.ndar
     return activations
 
 
-def fold_batch_norm(model: ResNet8) -> ResNet8:
+def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Fold every BatchNorm into the preceding convolution; return a float64 copy in eval mode.
 
     In eval mode a BatchNorm is a multiplication and an addition per channel, which the convolution's weight
@@ -73,7 +74,7 @@ def fold_batch_norm(model: ResNet8) -> ResNet8:
     return model
 
 
-def pad_symmetrically(model: ResNet8) -> ResNet8:
+def pad_symmetrically(model: nn.Module) -> nn.Module:
     """Return a copy whose strided 3x3 convolutions are 4x4 ones with symmetric padding, `padding=1`.
 
     Keras pads them by (0, 1) on an even size. A row and a column of zeros before the kernel read the first
@@ -92,7 +93,7 @@ def _kernel_4x4(conv: nn.Conv2d) -> nn.Conv2d:
     return padded.train(conv.training)
 
 
-def transfer_weights(model: ResNet8, network: nn.Module, names: Mapping[str, str]) -> nn.Module:
+def transfer_weights(model: nn.Module, network: nn.Module, names: Mapping[str, str]) -> nn.Module:
     """Give a ResNet8 of another class the weights of `model`; return it in eval mode, its outputs equal.
 
     `names` maps every layer with weights, from its name in `model` to the one in `network`. Three differences
@@ -131,7 +132,7 @@ def transfer_weights(model: ResNet8, network: nn.Module, names: Mapping[str, str
     return network.eval()
 
 
-def rotate_180(model: ResNet8, image_size: tuple[int, int] = (32, 32)) -> ResNet8:
+def rotate_180(model: nn.Module, image_size: tuple[int, int] = (32, 32)) -> nn.Module:
     """Return a copy for images rotated by 180 degrees, with symmetric padding in every layer.
 
     `rotate_180(model)(images.flip(2, 3))` equals `model(images)` up to rounding. Keras pads a strided 3x3

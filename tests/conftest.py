@@ -6,6 +6,7 @@ once for all processes (`written`); tests that share other work run in one of th
 
 import os
 
+os.environ["KERAS_HOME"] = "/nonexistent"  # a developer's copy of CIFAR-10 must not replace the sample
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core per process
     os.environ["OMP_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 

@@ -163,13 +163,6 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix in CHECKPOINT_SUFFIXES
 
 
-def is_tflite(path: Path) -> bool:
-    """Whether a file is TensorFlow Lite's, by its content."""
-    with suppress(OSError):
-        return detect_format(path) is Format.TFLITE
-    return False
-
-
 def check_regular(path: Path) -> None:
     """Raise OSError unless `path` is a regular file or a folder: reading a pipe or a device may never end."""
     path.stat()

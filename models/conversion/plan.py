@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +69,13 @@ def refusal_of(path: Path, output: Path) -> str:
         return ""
     reason = refusal(found, readable, "expected a Keras file or a checkpoint")
     return f"{reason} ({known})" if known else reason
+
+
+def is_tflite(path: Path) -> bool:
+    """Whether a file is TensorFlow Lite's, by its content."""
+    with suppress(OSError):
+        return detect_format(path) is Format.TFLITE
+    return False
 
 
 def refuse_clashes(tasks: list[Task]) -> None:
