@@ -1,7 +1,9 @@
 """models/resnet8_int8.py and models/conversion/int8.py: int8 files as integer arithmetic, byte for byte."""
 
+import ast
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import torch
 
 from models import resnet8_int8
 from models.common.cli import VerificationError
+from models.common.job import Job
 from models.conversion import int8
 from models.conversion.int8 import convert_int8
 from models.resnet8_int8 import Convolution, QuantizedResNet8
 from models.transforms import layer_activations
-from tests.evaluating import SHARED, evaluated, refused, with_few_images
+from tests.evaluating import NOT_A_PYTHON, SHARED, evaluated, refused, with_few_images
 from tests.int8_files import random_int8, write_int8
 
 REFERENCE = SHARED / "mlperf_tiny/pretrainedResnet_quant.tflite"
@@ -79,6 +82,22 @@ def test_every_byte_equals_the_reference_kernels(tmp_path, sample, case):
 def test_the_reference_of_mlperf_tiny(tmp_path):
     metadata = convert_int8(REFERENCE, tmp_path / "reference.pt")
     assert metadata["verification"]["bytes"] == 20 * 114_772
+
+
+def test_the_command_converts_files_without_keras(tmp_path, monkeypatch, command, plain):
+    """In a job; a damaged file is one line, and a file of others is not replaced."""
+    monkeypatch.setattr(int8, "Job", Job)
+    (tmp_path / "cut.tflite").write_bytes(plain.read_bytes()[:3000])
+    (tmp_path / "model.pt").write_text("of others")
+    write_int8(tmp_path / "model.tflite", random_int8(seed=1))
+    names = ["plain.tflite", "cut.tflite", "model.tflite"]
+    files = [tmp_path / name for name in names]
+    status, out, err = command(*files, "-v", "--keras-python", NOT_A_PYTHON)
+    assert status == 1 and (tmp_path / "plain.pt").exists() and not (tmp_path / "cut.pt").exists()
+    assert "layer3.downsample.weight" in out and str(tmp_path / "plain.pt") in out
+    assert [line.split(": ")[1] for line in err] == list(map(str, files[1:]))
+    assert "damaged" in err[0] and "--force" in err[1]
+    assert (tmp_path / "model.pt").read_text() == "of others"
 
 
 # --- What the verification finds ---------------------------------------------------------------------------
@@ -232,6 +251,12 @@ def test_micro_kernels(plain, sample):
         interpreter.invoke()
         outputs.append(interpreter.get_output(0)[0].copy())
     assert hashlib.sha256(np.array(outputs).tobytes()).hexdigest() == TFLM
+
+
+def test_it_needs_torch_alone():
+    tree = ast.parse(Path(resnet8_int8.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {getattr(node, "module", None) or node.names[0].name for node in imports} == {"torch"}
 
 
 def test_batches_dtypes_and_real_values(sample):
