@@ -5,8 +5,10 @@ once for all processes (`written`); tests that share other work run in one of th
 """
 
 import os
+import tempfile
 
-os.environ["KERAS_HOME"] = "/nonexistent"  # a developer's copy of CIFAR-10 must not replace the sample
+# a developer's copy of CIFAR-10 must not replace the sample
+os.environ["KERAS_HOME"] = os.path.join(tempfile.gettempdir(), "keras-home-of-tests")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core per process
     os.environ["OMP_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 
@@ -16,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import h5py
