@@ -1,4 +1,4 @@
-"""Convert a Keras ResNet8 to PyTorch, or back, and verify that nothing changed.
+"""Convert a Keras or int8 TensorFlow Lite ResNet8 to PyTorch, or back to Keras, and verify the outputs.
 
     python convert.py [KERAS_FILE ...] [-o OUT.pt]
     python convert.py CHECKPOINT.pt [-o OUT.h5]
@@ -51,7 +51,7 @@ from models.keras.file import read_keras_content, read_keras_file
 from models.keras.reference import Keras
 from models.normalization import Normalization, fraction_note
 
-# torch is imported inside the functions, so that Keras and the reader start in parallel.
+# torch is imported inside the functions, so that the processes of Keras and the reader start first.
 
 FAILURES = (ValueError, OutputExistsError, VerificationError, JobError, DataError, OSError)
 
@@ -168,7 +168,7 @@ def convert_back(
     """Convert a checkpoint to Keras; write `output` (.h5 or .keras) and its JSON; return the JSON.
 
     `mean` and `std` (a scalar or one value per channel, in pixel units) override the input normalization of
-    the JSON. The Keras model has the same one; with `rescaling` it has a Rescaling layer and takes pixels
+    the JSON. The Keras model expects the same; with `rescaling` it has a Rescaling layer and takes pixels
     0-255. `key` selects one of several state_dicts. Raises ValueError for an invalid checkpoint,
     VerificationError, JobError or OSError; then nothing is written.
     """
@@ -231,7 +231,7 @@ def print_source(path: Path, file_format: str, notes: list[str]) -> None:
 
 def print_summary(tasks: list[Task], outcomes: list[tuple[dict | None, str]]) -> None:
     """Print one row per file: result, largest difference of the probabilities, and output or error."""
-    headings = ["file", "result", "probabilities (float64)", "output or error"]
+    headings = ["file", "result", "difference", "output or error"]
     rows = [headings]
     for task, (metadata, detail) in zip(tasks, outcomes, strict=True):
         result, difference = "failed", ""
@@ -281,7 +281,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--rescaling",
         action="store_true",
-        help="to Keras: put the input normalization into a Rescaling layer",
+        help="for a checkpoint: add a Rescaling layer with its input normalization",
     )
     add = parser.add_argument_group("verification").add_argument
     add("--no-verify", action="store_true", help="skip the comparison with Keras (TensorFlow not required)")

@@ -102,7 +102,7 @@ def evaluate(options: argparse.Namespace) -> int:
         predictions.append(predict(checkpoints[-1], name))
         hashes.append(predictions[-1].sha256 or checkpoints[-1].sha256)
         if predictions[-1].normalization != checkpoints[-1].normalization:
-            notes.add(f"{path.name} has integer inputs: {predictions[-1].normalization} instead")
+            notes.add(f"{path.name} has integer inputs: using {predictions[-1].normalization}")
         for note in predictions[-1].notes:
             notes.add(note)
     first, ours, compared, keras = checkpoints[0], predictions[0], predictions[1:], None
@@ -135,8 +135,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a model that fits the data. Raises OSError, or ValueError with one line.
 
-    `like` is the first file's checkpoint, None for the first file: its normalization is that of `--mean` and
-    `--std`, then of its JSON, else pixels 0-255; another file's that of its JSON, else of `like`. For ONNX,
+    `like` is the first file's checkpoint, None for the first file. Normalization of the first file: `--mean`
+    and `--std`, else its JSON, else pixels 0-255; of another: its JSON, else that of `like`. For ONNX,
     TensorFlow Lite and torch.export files the checkpoint's `model` is None.
     """
     import torch
@@ -177,7 +177,7 @@ def load_checkpoint(
         else:
             notes.add(f"{missing}: assuming pixels 0-255 for {path.name}; override with --mean and --std")
     if "sha256" in checkpoint.metadata and not checkpoint.is_as_converted:
-        notes.add(f"{path} was modified after conversion (fine-tuned?): its SHA-256 is not in {json_name}")
+        notes.add(f"{path} was modified after conversion (fine-tuned?): {json_name} has another SHA-256")
     if checkpoint.known:
         cli.echo(checkpoint.known)
     return checkpoint
@@ -261,13 +261,13 @@ def parse_arguments() -> argparse.Namespace:
         ".pt, .safetensors, .onnx, .tflite, .pt2",
     )
     add = parser.add_argument_group("images").add_argument
-    add("--data-dir", metavar="DIR", type=Path, help="CIFAR-10 folder (default: data, then Keras's)")
+    add("--data-dir", metavar="DIR", type=Path, help="CIFAR-10 folder (default: data or ~/.keras/datasets)")
     add(
         "--data",
         choices=PARTS,
         default="auto",
         help="full test set, 1,000-image sample, or MLPerf Tiny's 200 (perf) or 500 (calibration) images "
-        "(default: full; sample if no DIR is named and none is found)",
+        "(default: auto, the full test set, else, without --data-dir, the sample)",
     )
     add("--download", action="store_true", help="download the test set to --data-dir if missing")
     cli.add_shared_options(parser.add_argument_group("input"))
@@ -289,13 +289,18 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--kernels",
         choices=("xnnpack", "reference"),
-        help="LiteRT's kernels for .tflite files; reference: 5 ms an image, as on microcontrollers "
+        help="LiteRT's kernels for .tflite files; reference: slower, closest to microcontrollers "
         "(default: xnnpack; for --data perf: reference)",
     )
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: the fastest)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="(default: the fastest)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(default: float32)")
-    add("--batch-size", metavar="N", type=cli.positive_int, help="images per batch (64; on a GPU 1024)")
-    add("--workers", metavar="N", type=cli.positive_int, help="inference threads (a core each; on a GPU 1)")
+    add("--batch-size", metavar="N", type=cli.positive_int, help="images per batch (default: 64, GPU 1024)")
+    add("--workers", metavar="N", type=cli.positive_int, help="threads (default: one per core, GPU 1)")
     add = parser.add_argument_group("results").add_argument
     add(
         "--output", metavar="DIR", type=Path, default=Path("results"), help="output folder (default: results)"

@@ -124,7 +124,7 @@ class ResNet8(nn.Module):
     ) -> "ResNet8":
         """Build a network in eval mode from a state_dict; sizes are inferred from the shapes.
 
-        Raises ValueError with one line if it is not a ResNet8's.
+        Raises ValueError with one line if it is not one of a ResNet8.
         """
         try:
             num_classes = state["fc.weight"].shape[0]
@@ -133,10 +133,10 @@ class ResNet8(nn.Module):
                 model = cls(num_classes, width, in_channels, bn_eps, bn_momentum)
             model.load_state_dict(state, assign=True)
         except KeyError as error:
-            raise ValueError(f"not a ResNet8's state_dict: {error} is missing") from None
+            raise ValueError(f"not a ResNet8 state_dict: {error} is missing") from None
         except (RuntimeError, IndexError, ValueError) as error:
             reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
-            raise ValueError(f"not a ResNet8's state_dict: {reasons}") from None
+            raise ValueError(f"not a ResNet8 state_dict: {reasons}") from None
         return model.eval()
 
     @classmethod
@@ -146,7 +146,7 @@ class ResNet8(nn.Module):
         Requires the repository around this file. BatchNorm's epsilon and momentum, and the model's attribute
         `normalization` (`models/normalization.py`), are read from the JSON beside the checkpoint; defaults if
         missing. Runs no code from the file (`weights_only=True`). Raises OSError if a file cannot be read,
-        ValueError with one line if it is not a ResNet8's state_dict.
+        ValueError with one line if it is not a ResNet8 state_dict.
         """
         from models.checkpoint import read_checkpoint  # everything else in this file depends only on torch
 

@@ -149,7 +149,7 @@ def add_shared_options(parser: argparse._ActionsContainer) -> None:
         type=float,
         nargs="+",
         help="mean of the input normalization, (pixel - mean) / std, for pixels 0-255: "
-        "one value, or one per channel (default: from the JSON, else 0)",
+        "one value, or one per channel (default: from the JSON beside FILE, else 0)",
     )
     add(
         "--std",

@@ -191,7 +191,7 @@ def compare_counts(mapping: list[TensorMapping], model: ResNet8, answer: dict | 
             f"PyTorch {trainable - constants:,} and {statistics:,}"
         )
     added = f", and {constants:,} constants for variables missing in Keras" if constants else ""
-    return f"{keras[0]:,} trainable + {keras[1]:,} statistics = {sum(keras):,}, in both{added}"
+    return f"{keras[0]:,} trainable + {keras[1]:,} statistics = {sum(keras):,}, in Keras and PyTorch{added}"
 
 
 def count_parameters(model: ResNet8) -> tuple[int, int]:
@@ -247,7 +247,7 @@ def print_known(file: KerasFile, model: ResNet8) -> None:
     width, shape = model.conv1.out_channels, (model.fc.out_features, *file.input_shape)
     if width in KNOWN_WIDTHS and shape == (10, 32, 32, 3):
         name, macs = KNOWN_WIDTHS[width]
-        title = KNOWN_FILES.get(file.sha256) or f"width {width}: the shape of {name}"
+        title = KNOWN_FILES.get(file.sha256) or f"width {width}: the architecture of {name}"
         echo(f"  {title}; {macs / 1e6:.1f} M multiply-accumulates")
 
 
