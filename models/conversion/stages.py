@@ -191,7 +191,7 @@ def compare_counts(mapping: list[TensorMapping], model: ResNet8, answer: dict | 
             f"PyTorch {trainable - constants:,} and {statistics:,}"
         )
     added = f", and {constants:,} constants for variables missing in Keras" if constants else ""
-    return f"{keras[0]:,} trainable + {keras[1]:,} statistics = {sum(keras):,}, in Keras and PyTorch{added}"
+    return f"{keras[0]:,} trainable + {keras[1]:,} statistics = {sum(keras):,}, in both networks{added}"
 
 
 def count_parameters(model: ResNet8) -> tuple[int, int]:
