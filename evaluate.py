@@ -44,7 +44,7 @@ from models.evaluation.metrics import (
     near_chance_notes,
     short_names,
 )
-from models.evaluation.results import Evaluation, check_results, write_results
+from models.evaluation.results import Evaluation, calibration_notes, check_results, write_results
 from models.normalization import Normalization, fraction_note, own_normalization
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed for `--help` or usage errors
@@ -119,7 +119,8 @@ def evaluate(options: argparse.Namespace) -> int:
     evaluation = Evaluation(dataset, ours, keras, compared, hashes, notes.lines, guards, options.per_class)
     cli.echo(f"\n{evaluation.summary()}")
     found = [result_notes(*pair, dataset, options) for pair in zip(checkpoints, predictions, strict=True)]
-    for note in chain(*found, near_chance_notes([keras] if keras else [])):
+    found += [near_chance_notes([keras] if keras else []), calibration_notes(dataset, predictions)]
+    for note in chain(*found):
         notes.add(note)
     written = write_results(evaluation, options.output, options.report)
     cli.echo(f"wrote {', '.join(map(str, written))}")

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.cifar10 import Dataset
+from data.cifar10 import Dataset, calibration_indices
 from models.common.cli import format_table, printable
 from models.common.files import check_writable, read_regular, sha256_of, write_files
 from models.evaluation.metrics import Comparison, Predictions, compare, difference_text, p_text
@@ -84,6 +84,21 @@ class Evaluation:
             classes = [["accuracy, %", *self.dataset.class_names], *map(class_row, self.shown)]
             parts.append(format_table(classes, gap=1))
         return "\n\n".join([*parts, "\n".join(map(describe, self.shown))]) + "\n"
+
+
+def calibration_notes(dataset: Dataset, predictions: list[Predictions]) -> list[str]:
+    """Return int8 files' accuracy on the test images that MLPerf Tiny does not calibrate with.
+
+    The quantization of an int8 network is most likely fitted to its 500 calibration images.
+    """
+    notes, int8 = [], [each for each in predictions if "int8" in each.format]
+    if int8 and not dataset.part:
+        others = np.delete(np.arange(len(dataset)), calibration_indices())
+        for each in int8:
+            right = int((each.classes == dataset.labels)[others].sum())
+            text = f"{percent(right / len(others))} % ({right:,} of {len(others):,})"
+            notes.append(f"{each.name}: {text} without MLPerf Tiny's 500 calibration images")
+    return notes
 
 
 def cut(name: str, mark: str) -> str:

@@ -13,9 +13,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 import evaluate
+from data.cifar10 import Dataset, calibration_indices
 from models.evaluation import figure, results
 from models.evaluation.metrics import Predictions, compare, difference_text, p_text
-from models.evaluation.results import LONGEST_NAME, MANY, Evaluation
+from models.evaluation.results import LONGEST_NAME, MANY, Evaluation, calibration_notes
 from models.normalization import Normalization
 from tests.evaluating import (
     command,
@@ -296,3 +297,20 @@ def test_names_that_are_not_utf_8(folder):
     _, metrics = evaluated("bad\udce8.pt", "--no-keras", cwd=folder)
     assert metrics["checkpoint"] == "bad\udce8.pt"
     assert "bad?.pt" in (folder / "results/metrics.txt").read_text(encoding="utf-8")
+
+
+def test_int8_files_are_also_scored_without_the_calibration_images(sample):
+    """Here all of these are right, and none of the others."""
+    labels = np.zeros(10_000, np.int64)
+    scores = np.zeros((10_000, 10))
+    scores[:, 1] = 1
+    scores[calibration_indices(), 0] = 2
+    full = Dataset("full", np.zeros((10_000, 1, 1, 1), np.uint8), labels)
+    normalization = Normalization.from_args(3)
+    models = [
+        Predictions(name, None, scores, labels, normalization, format=name)
+        for name in ("state_dict", "TensorFlow Lite, int8")
+    ]
+    (note,) = calibration_notes(full, models)
+    assert note.startswith(models[1].name) and all(part in note for part in ("0.00 %", "9,500", "500"))
+    assert calibration_notes(sample, models) == []
