@@ -11,9 +11,11 @@ import torch
 
 from models import resnet8_int8
 from models.common.cli import VerificationError
+from models.common.files import sha256_of
 from models.common.job import Job
 from models.conversion import int8
 from models.conversion.int8 import convert_int8
+from models.graph import KNOWN_FILES
 from models.resnet8_int8 import Convolution, QuantizedResNet8
 from models.transforms import layer_activations
 from tests.evaluating import NOT_A_PYTHON, SHARED, evaluated, refused, with_few_images
@@ -90,11 +92,12 @@ def test_the_command_converts_files_without_keras(tmp_path, monkeypatch, command
     (tmp_path / "cut.tflite").write_bytes(plain.read_bytes()[:3000])
     (tmp_path / "model.pt").write_text("of others")
     write_int8(tmp_path / "model.tflite", random_int8(seed=1))
+    monkeypatch.setitem(KNOWN_FILES, sha256_of(plain), "a known file")
     names = ["plain.tflite", "cut.tflite", "model.tflite"]
     files = [tmp_path / name for name in names]
     status, out, err = command(*files, "-v", "--keras-python", NOT_A_PYTHON)
     assert status == 1 and (tmp_path / "plain.pt").exists() and not (tmp_path / "cut.pt").exists()
-    assert "layer3.downsample.weight" in out and str(tmp_path / "plain.pt") in out
+    assert "a known file" in out and "layer3.downsample.weight" in out and str(tmp_path / "plain.pt") in out
     assert [line.split(": ")[1] for line in err] == list(map(str, files[1:]))
     assert "damaged" in err[0] and "--force" in err[1]
     assert (tmp_path / "model.pt").read_text() == "of others"

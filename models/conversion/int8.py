@@ -19,6 +19,7 @@ from data.cifar10 import load_test
 from models.common.cli import VerificationError, echo, one_line, printable
 from models.common.files import Format, detect_format, json_path, read_metadata, sha256_of
 from models.common.job import Job, JobError, Message, limit_resources, serve
+from models.graph import KNOWN_FILES
 from models.normalization import Normalization
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def convert_int8(path: Path, output: Path, verbose: bool = False) -> dict:
     from models.transforms import layer_activations
 
     echo(printable(f"{path}: TensorFlow Lite, int8"))
+    if sha256_of(path) in KNOWN_FILES:
+        echo(f"  {KNOWN_FILES[sha256_of(path)]}")
     with stage("operators") as lines:
         try:
             answer, arrays = job.run({}, {"content": content, "images": images})

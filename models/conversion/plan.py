@@ -68,7 +68,7 @@ def refusal_of(path: Path, output: Path) -> str:
     except OSError:  # it is read, and named, later
         return ""
     reason = refusal(found, readable, "expected a Keras file or a checkpoint")
-    return f"{reason} ({known})" if known else reason
+    return f"{reason} ({known})" if reason and known else reason
 
 
 def is_tflite(path: Path) -> bool:
