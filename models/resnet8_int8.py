@@ -9,13 +9,13 @@
     fc                 FULLY_CONNECTED  as CONV_2D                          .../fully_connected.h
     softmax, optional  SOFTMAX          in float32; TFLM: fixed point       ../activations.cc; .../softmax.h
 
-a, b, w are int8 inputs and weights minus zero points; A, B, W, Y the float32 scales of inputs, weights (per
-channel) and output; a' = 2**20 * a * (A / t), t = 2 * max(A, B). Factors in parentheses are float64, rounded
-to multiplier * 2**(shift - 31) (`QuantizeMultiplier`, quantization_util.cc). A product is rounded twice
-(`MultiplyByQuantizedMultiplier`, common.h): over 2**31, halves up, then over the rest of the power of two,
-halves away from 0 (as AVERAGE_POOL_2D); in LiteRT's fc once, halves up. The zero point is added, the result
-clamped. TFLM: TensorFlow Lite for Microcontrollers. Exactness: at width 16, sums of 9 * 64 products of at
-most 255 * 128 are below 2**25, and float64 holds integers to 2**53, float32 to 2**24, in any order of adding.
+TFLM: TensorFlow Lite for Microcontrollers. a, b, w are int8 inputs and weights minus zero points; A, B, W, Y
+the float32 scales of inputs, weights (per channel), output; a' = 2**20 * a * (A / t), t = 2 * max(A, B).
+Factors in parentheses are float64, rounded to multiplier * 2**(shift - 31) (`QuantizeMultiplier`,
+quantization_util.cc). A product is rounded twice (`MultiplyByQuantizedMultiplier`, common.h): divided by
+2**31, ties up, then by 2**-shift, ties away from 0 (as AVERAGE_POOL_2D's mean); in LiteRT's FULLY_CONNECTED
+once, ties up. Then the zero point is added and the result clamped. Sums are exact in any order: at width 16
+below 2**25; float64 is exact to 2**53, and float32, used where a layer's bound allows it, to 2**24.
 """
 
 import torch
