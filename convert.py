@@ -46,7 +46,7 @@ from models.common.cli import (
 from models.common.files import check_outputs, json_path, metadata_if_current, write_with_json
 from models.common.job import JobError
 from models.conversion.match import add_rescaling, layers_of_state_dict, place_weights
-from models.conversion.plan import DEFAULT_INPUT, Task, is_tflite, plan
+from models.conversion.plan import DEFAULT_INPUT, Task, plan
 from models.keras.file import read_keras_content, read_keras_file
 from models.keras.reference import Keras
 from models.normalization import Normalization, fraction_note
@@ -63,7 +63,7 @@ def main() -> int:
         echo(f"note: {note}")
     tasks = [task for task in options.tasks if not task.refusal]
     to_keras = any(task.to_keras for task in tasks)
-    needs_keras = to_keras or not (options.no_verify or all(is_tflite(task.path) for task in tasks))
+    needs_keras = to_keras or not (options.no_verify or all(task.is_int8 for task in tasks))
     try:
         with Keras(options.keras_python) if needs_keras else nullcontext() as keras:
             outcomes = [convert(task, options, keras) for task in options.tasks]
@@ -77,13 +77,13 @@ def main() -> int:
 
 def convert(task: Task, options: argparse.Namespace, keras: Keras | None) -> tuple[dict | None, str]:
     """Convert one file; return (metadata, output), or (None, error message) after printing it."""
-    path, output, to_keras, reason = task
+    path, output, to_keras, is_int8, reason = task
     shared = {"mean": options.mean, "std": options.std, "verbose": options.verbose}
     try:
         if reason:
             raise ValueError(reason)
         check_outputs(output, options.force, path)
-        if is_tflite(path):
+        if is_int8:
             from models.conversion.int8 import convert_int8
 
             return convert_int8(path, output, options.verbose), str(output)

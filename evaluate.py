@@ -137,7 +137,7 @@ def load_checkpoint(
     """Load a model that fits the data. Raises OSError, or ValueError with one line.
 
     `like` is the first file's checkpoint, None for the first file. Normalization of the first file: `--mean`
-    and `--std`, else its JSON, else pixels 0-255; of another: its JSON, else that of `like`. For ONNX,
+    and `--std`, else its JSON, else pixels 0-255; of another: its JSON, else `like`'s. For ONNX,
     TensorFlow Lite and torch.export files the checkpoint's `model` is None.
     """
     import torch
@@ -156,7 +156,12 @@ def load_checkpoint(
         checkpoint = Checkpoint(path, None, sha256_of(path), normalization, metadata)
     else:
         precision = torch.float64 if options.dtype == "float64" else torch.float32
-        checkpoint = read_int8(path) or read_checkpoint(path, ResNet8, precision, options.key)
+        try:
+            checkpoint = read_checkpoint(path, ResNet8, precision, options.key)
+        except ValueError:
+            checkpoint = read_int8(path)
+            if checkpoint is None:
+                raise
         classes, channels = len(checkpoint.model.fc.bias), checkpoint.model.conv1.weight.shape[1]
     if checkpoint.read_note:
         notes.add(checkpoint.read_note)

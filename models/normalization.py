@@ -105,7 +105,7 @@ def own_normalization(network: object) -> Normalization | None:
 
 
 def fraction_note(mean: list[float] | None, std: list[float] | None) -> str | None:
-    """Return a note if `--mean` and `--std` look like those of torchvision's Normalize, for pixels 0-1."""
+    """Return a note if `--mean` and `--std` look like torchvision's Normalize, for pixels 0-1."""
     if not mean or not std or max(map(abs, mean + std)) >= 1:
         return None
     options = Normalization([255 * value for value in mean], [255 * value for value in std]).options

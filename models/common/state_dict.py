@@ -35,7 +35,7 @@ def find_state_dict(
         names = {"missing": closest.missing, "unexpected": closest.unexpected}
         differences = [f"{', '.join(each[:2])} {kind}" for kind, each in names.items() if each]
         size = f"{repr(closest.place) if closest.place else 'the file'} has {closest.size} tensors"
-        raise ValueError(f"{path}: {size}, but not those of a ResNet8: {'; '.join(differences)}")
+        raise ValueError(f"{path}: {size}, but not a ResNet8's: {'; '.join(differences)}")
     choice = ", ".join(repr(each.place) for each in fitting)
     chosen = [each for each in fitting if key is None or f".{each.place}".endswith(f".{key}")]
     if len({tuple(map(id, each.state.values())) for each in chosen}) > 1:

@@ -68,8 +68,8 @@ def convert_int8(path: Path, output: Path, verbose: bool = False) -> dict:
     from models.transforms import layer_activations
 
     echo(printable(f"{path}: TensorFlow Lite, int8"))
-    if sha256_of(path) in KNOWN_FILES:
-        echo(f"  {KNOWN_FILES[sha256_of(path)]}")
+    if (sha256 := sha256_of(path)) in KNOWN_FILES:
+        echo(f"  {KNOWN_FILES[sha256]}")
     with stage("operators") as lines:
         try:
             answer, arrays = job.run({}, {"content": content, "images": images})
@@ -96,7 +96,7 @@ def convert_int8(path: Path, output: Path, verbose: bool = False) -> dict:
 
     num_classes, width, channels = len(model.fc.bias), *model.conv1.weight.shape[:2]
     mean, std = model.pixels.zero_point.item(), 1 / model.pixels.scale.item()
-    source = {"file": os.path.relpath(path, output.parent), "sha256": sha256_of(path)}
+    source = {"file": os.path.relpath(path, output.parent), "sha256": sha256}
     described = {"layout": "NCHW", "shape": list(arrays["images"].shape[1:]), "range": [0, 255]}
     metadata = {
         "architecture": {"num_classes": num_classes, "width": width, "in_channels": channels},

@@ -32,6 +32,7 @@ class Task(NamedTuple):
     path: Path
     output: Path
     to_keras: bool
+    is_int8: bool  # whether the input is a TensorFlow Lite file
     refusal: str  # why it is not converted; "" if it is
 
 
@@ -52,7 +53,7 @@ def plan(files: list[Path], output: str) -> list[Task]:
         if not reason and (not is_expected or target.suffix.lower() in OTHER_SUFFIXES):
             expected = " or ".join(KERAS_SUFFIXES) if to_keras else ".pt"
             raise ValueError(f"-o {target}: expected {expected} as the output for {path}")
-        tasks.append(Task(path, target, to_keras, reason))
+        tasks.append(Task(path, target, to_keras, is_tflite(path), reason))
     refuse_clashes(tasks)
     return tasks
 

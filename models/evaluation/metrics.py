@@ -86,7 +86,7 @@ class Predictions:
             notes.append(f"{self.name}: in its quantized input {reason}; see --mean and --std")
         if self.outputs == "sigmoid":
             reason = "outputs from 0 to 1 that do not sum to 1, as of a sigmoid"
-            notes.append(f"{self.name}: {reason}; its loss and probabilities are those of a softmax of them")
+            notes.append(f"{self.name}: {reason}; loss and probabilities are computed with a softmax")
         return notes
 
     @cached_property
@@ -281,11 +281,11 @@ def check_guards(
 
 
 def near_chance_notes(predictions: list[Predictions]) -> list[str]:
-    """Return a note for every model with an accuracy near chance, or a loss above that of guessing."""
+    """Return a note for every model with an accuracy near chance, or a loss above guessing's."""
     notes = []
     for each in predictions:
         loss, guess = each.metrics["loss"], math.log(len(each.class_names))
-        problem = f"loss {loss:.2f} is above {guess:.2f}, that of guessing" if loss > guess else ""
+        problem = f"loss {loss:.2f} is above guessing's {guess:.2f}" if loss > guess else ""
         if each.is_near_chance:
             problem = f"accuracy {100 * each.metrics['accuracy']:.1f} % is near chance"
         if problem:

@@ -20,7 +20,7 @@ import numpy as np
 
 from data.cifar10 import Dataset
 from models.common.cli import one_line
-from models.common.files import Format, detect_format, read_regular
+from models.common.files import PACKAGES, Format, detect_format, read_regular
 from models.common.job import Job, JobError, Message, limit_resources, serve
 from models.evaluation.metrics import BATCH_EFFECT, Predictions, check_outputs, depends_on_batch
 from models.normalization import Normalization
@@ -261,22 +261,17 @@ def only(ends: list) -> object:
     return ends[0]
 
 
-# Format -> function that opens it, its library, and the packages to install.
-OPENERS = {
-    Format.TFLITE: (open_tflite, "ai_edge_litert", "ai-edge-litert"),
-    Format.ONNX: (open_onnx, "onnxruntime", "onnxruntime onnx"),
-    Format.EXPORTED: (open_exported, "torch", "torch"),
-}
+OPENERS = {Format.TFLITE: open_tflite, Format.ONNX: open_onnx, Format.EXPORTED: open_exported}
 
 
 def run_task(request: dict, arrays: dict[str, np.ndarray]) -> Message:
     """Run (N, C, H, W) uint8 `images` through the network at `path`. Raises JobError with one line."""
     file_format = Format[request["format"]]
-    opener, library, packages = OPENERS[file_format]
+    library, packages = PACKAGES.get(file_format, ("torch", "torch"))
     try:
         import_module(library)
         limit_resources(MEMORY, SECONDS * CORES)
-        network = opener(Path(request["path"]), *request["settings"])
+        network = OPENERS[file_format](Path(request["path"]), *request["settings"])
         normalization = Normalization(**request["normalization"])
         return run_network(network, arrays["images"], normalization, request["is_assumed"])
     except JobError:

@@ -184,7 +184,7 @@ def main() -> int:
     """Parse the command line and train; return the exit status."""
     parser = make_parser(__doc__, prog="python -m models.keras.train")
     add = parser.add_argument
-    add("--data-dir", type=Path, help="folder of cifar-10-batches-bin/ (data, then Keras's)")
+    add("--data-dir", type=Path, help="CIFAR-10 folder (data or ~/.keras/datasets)")
     add("--download", action="store_true", help="download CIFAR-10 into --data-dir if it is missing")
     add("--epochs", type=positive_int, default=300, help="passes over the training images (300)")
     add("--width", type=positive_int, default=16, help="filters of the first stage (16)")
